@@ -1,0 +1,90 @@
+"""What a policy promises about its inputs and outputs.
+
+Dimension letters used in this room:
+B batch, To observation steps, Tp predicted steps (the chunk), Ta executed steps,
+Do / Da observation / action width, F feature width, K denoising steps.
+
+The chunk starts at the first observed step, so that step i of the chunk is at time i - (To - 1)::
+
+    step            0 ... To-1 ... To-2+Ta ... Tp-1
+    observed        yes   yes      no          no
+    predicted       yes   yes      yes         yes
+    executed        no    yes      yes         no        hence To - 1 + Ta <= Tp
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from flowsteer.policies.errors import PolicyError
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array of one time step: `shape` without batch and time; `dtype` "float32" or "uint8" (images H, W, C)."""
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """The frozen contract stored in a checkpoint.
+
+    Raises:
+        PolicyError: if To - 1 + Ta > Tp or a size is not positive.
+    """
+
+    observations: Mapping[str, ArraySpec]
+    action_dim: int
+    observation_steps: int
+    prediction_steps: int
+    execution_steps: int
+    control_hz: float
+
+    def __post_init__(self) -> None:
+        sizes = (self.action_dim, self.observation_steps, self.prediction_steps, self.execution_steps)
+        if min(sizes) < 1 or not self.observations:
+            raise PolicyError(f"a policy needs observations and sizes of at least 1, got {self}")
+        if self.observation_steps - 1 + self.execution_steps > self.prediction_steps:
+            raise PolicyError(
+                f"observation_steps - 1 + execution_steps must not exceed prediction_steps, got "
+                f"{self.observation_steps} - 1 + {self.execution_steps} > {self.prediction_steps}"
+            )
+
+    @property
+    def executed(self) -> slice:
+        """The rows of a chunk that are executed."""
+        first = self.observation_steps - 1
+        return slice(first, first + self.execution_steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, for YAML and JSON."""
+        data = asdict(self)
+        for array in data["observations"].values():
+            array["shape"] = list(array["shape"])
+        return data
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> PolicySpec:
+        """Inverse of `to_dict`."""
+        observations = {key: ArraySpec(tuple(a["shape"]), a["dtype"]) for key, a in data["observations"].items()}
+        return PolicySpec(**{**data, "observations": observations})
+
+    def check(self, observations: Mapping[str, ArraySpec], action_dim: int, control_hz: float, other: str) -> None:
+        """Refuse a task or robot named `other` that does not offer what this policy needs.
+
+        Raises:
+            PolicyError: naming both sides of the first mismatch.
+        """
+        for key, need in self.observations.items():
+            if key not in observations:
+                raise PolicyError(f"the policy needs observation '{key}', {other} offers {sorted(observations)}")
+            if observations[key] != need:
+                raise PolicyError(f"observation '{key}': the policy needs {need}, {other} offers {observations[key]}")
+        if action_dim != self.action_dim:
+            raise PolicyError(f"the policy has {self.action_dim} action dimensions, {other} has {action_dim}")
+        if abs(control_hz - self.control_hz) > 1e-6 * self.control_hz:
+            raise PolicyError(f"the policy runs at {self.control_hz:g} Hz, {other} at {control_hz:g} Hz")
