@@ -1,0 +1,81 @@
+"""What a task is: one environment in plain numpy, and how to make it.
+
+A new task is one file with one final `Task` class and one line in `flowsteer.sim.tasks.TASKS`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flowsteer.sim.vec_env import TaskSpec
+
+Array = NDArray[Any]
+Arrays = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one env step gave: observation, reward, the end by the task's own rule, and success at this step.
+
+    The time limit (`TaskSpec.max_episode_steps`) is the back end's business and never appears here.
+    """
+
+    observation: Arrays
+    reward: float
+    terminated: bool
+    success: bool
+
+
+class SingleEnv(ABC):
+    """One environment. Made, stepped and closed inside one process; it may hold what cannot be pickled."""
+
+    @abstractmethod
+    def reset(self, seed: int) -> Arrays:
+        """Start the episode that `seed` alone determines; returns the arrays named and shaped as in the task's spec."""
+
+    @abstractmethod
+    def step(self, action: Array) -> Step:
+        """Execute one action [Da] in physical units (the back end has clipped it to the task's limits)."""
+
+    @abstractmethod
+    def render(self) -> NDArray[np.uint8]:
+        """The scene now, [H, W, 3]; both sides even, for video."""
+
+    @abstractmethod
+    def project(self, actions: Array) -> NDArray[np.float64] | None:
+        """Where actions [Tp, Da] would bring the robot, as [Tp, 2] pixels (x right, y down) of `render()`.
+
+        None where the task cannot draw them.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free everything; safe to call twice."""
+
+
+class Task(ABC):
+    """How to make an environment, and what it offers.
+
+    A task is small and picklable: workers receive it and call `make` themselves. Concrete tasks are final, with a
+    typed constructor without `**kwargs`, since configs are generated from its signature.
+    """
+
+    spec: TaskSpec
+    heavy: ClassVar[bool]
+    """True where one step takes longer than a message between processes: such tasks run in worker processes."""
+    dataset_keys: Mapping[str, str]
+    """Observation key -> the key of the public demonstrations; only the keys that differ."""
+
+    @abstractmethod
+    def make(self) -> SingleEnv:
+        """A new environment.
+
+        Raises:
+            SimError: if a package is missing, naming the extra to install.
+        """
