@@ -1,0 +1,214 @@
+"""Policies that speak `denoise`: diffusion and flow differ in their path and in what the network predicts."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable, Mapping
+from typing import final
+
+import torch
+from torch import Tensor
+
+from flowsteer.policies.choices import pick
+from flowsteer.policies.errors import PolicyError
+from flowsteer.policies.networks.base import Features, Network
+from flowsteer.policies.paths import (
+    TARGET,
+    TO_CLEAN,
+    LinearPath,
+    Path,
+    VariancePreservingPath,
+    cosine_betas,
+    linear_betas,
+)
+from flowsteer.policies.policy import Draws, EncoderFactory, Loss, Policy
+from flowsteer.policies.samplers import Denoise, Generators, Sampler, dpm_solver_2m, heun, randn, sample, uniform_grid
+from flowsteer.policies.spec import PolicySpec
+
+NetworkFactory = Callable[[int, int, int, int], Network]
+"""Da, Tp, To, F -> network."""
+
+SOLVERS: dict[str, Sampler] = {"transition": sample, "heun": heun, "dpm_solver_2m": dpm_solver_2m}
+BETAS: dict[str, Callable[[int], Tensor]] = {"cosine": cosine_betas, "linear": linear_betas}
+
+
+def uniform_times(u: Tensor) -> Tensor:
+    """Every time equally often."""
+    return u
+
+
+def logit_normal_times(u: Tensor) -> Tensor:
+    """Most weight on the middle of the path (Esser et al. 2024), mean 0 and scale 1."""
+    return torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)).sigmoid()
+
+
+def noisy_times(u: Tensor) -> Tensor:
+    """Beta(1.5, 1) towards the noise (pi0, Black et al. 2024): t = u^(2/3)."""
+    return u ** (2 / 3)
+
+
+TIMES: dict[str, Callable[[Tensor], Tensor]] = {
+    "uniform": uniform_times,
+    "logit_normal": logit_normal_times,
+    "noisy": noisy_times,
+}
+
+
+class DenoisingPolicy(Policy, ABC):
+    """A network on a Gaussian path, read as `denoise(x_t, t, cond) -> a_hat`.
+
+    Args:
+        spec: see `Policy`.
+        encoder: see `Policy`.
+        network: builds the network from Da, Tp, To, F.
+        path: alpha(t), sigma(t).
+        prediction: what the network outputs: "eps", "x0", "v" or "velocity".
+        times: distribution of training times: "uniform", "logit_normal" or "noisy".
+        min_time: smallest time, in training and as the last time at which the network is asked.
+        steps: K, equal steps of the time grid from `start` to 0.
+        start: first time of the grid, in (0, 1].
+        eta: 0 for a deterministic map from noise to chunk, 1 for DDPM's posterior noise.
+        solver: "transition" (one evaluation a step), "heun" or "dpm_solver_2m".
+        clip: bound of |a_hat| while sampling, in normalised units; None for no bound.
+        normalizers: see `Policy`.
+    """
+
+    def __init__(
+        self,
+        spec: PolicySpec,
+        encoder: EncoderFactory,
+        network: NetworkFactory,
+        path: Path,
+        prediction: str,
+        times: str,
+        min_time: float,
+        steps: int,
+        start: float,
+        eta: float,
+        solver: str,
+        clip: float | None,
+        normalizers: Mapping[str, str] | None,
+    ) -> None:
+        super().__init__(spec, encoder, normalizers)
+        self.network = network(spec.action_dim, spec.prediction_steps, spec.observation_steps, self.encoder.feature_dim)
+        self.path = path
+        self.to_clean = pick(TO_CLEAN, prediction, "prediction")
+        self.target = pick(TARGET, prediction, "prediction")
+        self.times = pick(TIMES, times, "times")
+        self.solver = pick(SOLVERS, solver, "solver")
+        self.min_time, self.eta, self.clip = min_time, eta, clip
+        self.register_buffer("grid", uniform_grid(steps, start), persistent=False)
+
+    grid: Tensor
+
+    @final
+    def encode(self, obs: Mapping[str, Tensor]) -> Features:
+        """Observations {key: [B, To, ...]} in physical units -> what the network needs of them, once per decision."""
+        return self.network.embed_observation(self.features(obs))
+
+    @final
+    def denoise(self, x_t: Tensor, t: Tensor, cond: Features) -> Tensor:
+        """Expected clean chunk a_hat [B, Tp, Da] of x_t at times t [B], in normalised units."""
+        return self._a_hat(x_t, t, self.network.embed_time(t), cond)
+
+    @final
+    def denoise_on(self, grid: Tensor, cond: Features) -> Denoise:
+        """`denoise` at the times of a grid by index; all that depends on time alone is computed here, once."""
+        embedded = self.network.embed_time(grid[:-1])
+
+        def denoise(x_t: Tensor, k: int) -> Tensor:
+            return self._a_hat(x_t, grid[k], tuple(f[k : k + 1] for f in embedded), cond)
+
+        return denoise
+
+    @final
+    def denoising_loss(self, a: Tensor, cond: Features, t: Tensor, eps: Tensor) -> Tensor:
+        """Squared error of the network's prediction per sample [B], mean over the chunk; `a` normalised [B, Tp, Da]."""
+        out = self.network(self.path.noisy(a, eps, t), self.network.embed_time(t), cond)
+        return (out.float() - self.target(self.path, a, eps, t)).square().mean(dim=(1, 2))
+
+    @final
+    def draw(self, batch_size: int, generator: torch.Generator | None = None) -> Draws:
+        """Times [B] and noise [B, Tp, Da]."""
+        # One uniform shift of an equally spaced comb: every batch covers all times, at a lower variance of the loss.
+        shift = torch.rand(1, generator=generator)
+        u = (shift + torch.arange(batch_size) / batch_size) % 1
+        t = self.min_time + (1 - self.min_time) * self.times(u)
+        eps = torch.randn(batch_size, self.spec.prediction_steps, self.spec.action_dim, generator=generator)
+        return t, eps
+
+    def _loss(self, features: Tensor, action: Tensor, draws: Draws) -> Loss:
+        t, eps = draws
+        total = self.denoising_loss(action, self.network.embed_observation(features), t, eps).mean()
+        return Loss(total, {"denoising": total.detach()})
+
+    def _sample(self, features: Tensor, noise: Tensor | None, generator: Generators) -> Tensor:
+        shape = (len(features), self.spec.prediction_steps, self.spec.action_dim)
+        if noise is None:
+            noise = randn(shape, generator, features.device)
+        if tuple(noise.shape) != shape:
+            raise PolicyError(f"noise must have shape {list(shape)}, got {list(noise.shape)}")
+        denoise = self.denoise_on(self.grid, self.network.embed_observation(features))
+        return self.solver(self.path, denoise, noise, self.grid, self.eta, generator)
+
+    def _a_hat(self, x_t: Tensor, t: Tensor, time: Features, cond: Features) -> Tensor:
+        a_hat = self.to_clean(self.path, x_t, self.network(x_t, time, cond), t)
+        return a_hat if self.clip is None else a_hat.clamp(-self.clip, self.clip)
+
+
+@final
+class DiffusionPolicy(DenoisingPolicy):
+    """Diffusion Policy (Chi et al. 2023): variance-preserving path, DDIM or DDPM sampling.
+
+    Args:
+        betas: "cosine" or "linear" noise schedule.
+        train_steps: T, knots of the schedule.
+        (others): see `DenoisingPolicy`.
+    """
+
+    def __init__(
+        self,
+        spec: PolicySpec,
+        encoder: EncoderFactory,
+        network: NetworkFactory,
+        betas: str = "cosine",
+        train_steps: int = 100,
+        prediction: str = "eps",
+        times: str = "uniform",
+        steps: int = 10,
+        start: float = 1.0,
+        eta: float = 0.0,
+        solver: str = "transition",
+        clip: float | None = 1.0,
+        normalizers: Mapping[str, str] | None = None,
+    ) -> None:
+        path = VariancePreservingPath(pick(BETAS, betas, "betas"), train_steps)
+        # The first knot is the cleanest state that the discrete schedule knows.
+        min_time = 1 / train_steps
+        super().__init__(
+            spec, encoder, network, path, prediction, times, min_time, steps, start, eta, solver, clip, normalizers
+        )
+
+
+@final
+class FlowPolicy(DenoisingPolicy):
+    """Flow matching on the linear path (Lipman et al. 2023): the network predicts the velocity eps - a."""
+
+    def __init__(
+        self,
+        spec: PolicySpec,
+        encoder: EncoderFactory,
+        network: NetworkFactory,
+        prediction: str = "velocity",
+        times: str = "uniform",
+        steps: int = 10,
+        start: float = 1.0,
+        eta: float = 0.0,
+        solver: str = "transition",
+        clip: float | None = 1.0,
+        normalizers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(
+            spec, encoder, network, LinearPath(), prediction, times, 1e-3, steps, start, eta, solver, clip, normalizers
+        )
+

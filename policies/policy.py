@@ -1,0 +1,117 @@
+"""What every policy family shares: the spec, the normaliser, the encoder, and the way in and out of physical units."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+
+from flowsteer.policies.encoders.base import Encoder
+from flowsteer.policies.errors import PolicyError
+from flowsteer.policies.normalizer import KeyStatistics, Normalizer
+from flowsteer.policies.samplers import Generators
+from flowsteer.policies.spec import ArraySpec, PolicySpec
+
+Observation = Mapping[str, Tensor]
+Draws = tuple[Tensor, ...]
+
+EncoderFactory = Callable[[Mapping[str, ArraySpec]], Encoder]
+
+ACTION = "action"
+
+
+class Loss(NamedTuple):
+    """A scalar to descend and its named parts (scalars, detached) for the log."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+class Policy(nn.Module, ABC):
+    """A distribution over action chunks given observations.
+
+    Concrete families are final and fill in `draw`, `_loss` and `_sample`; they never override the rest.
+
+    Args:
+        spec: the contract, stored in every checkpoint.
+        encoder: builds the encoder from the observation specs.
+        normalizers: "min_max" (default), "mean_std" or "identity" per key, the action's under "action".
+    """
+
+    def __init__(self, spec: PolicySpec, encoder: EncoderFactory, normalizers: Mapping[str, str] | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.normalizers = dict(normalizers or {})
+        widths = {key: math.prod(array.shape) for key, array in spec.observations.items() if array.dtype != "uint8"}
+        unknown = set(self.normalizers) - {*widths, ACTION}
+        if unknown:
+            raise PolicyError(f"normalizers names {sorted(unknown)}, the policy has {sorted([*widths, ACTION])}")
+        self.normalizer = Normalizer({**widths, ACTION: spec.action_dim})
+        self.encoder = encoder(spec.observations)
+
+    @abstractmethod
+    def draw(self, batch_size: int, generator: torch.Generator | None = None) -> Draws:
+        """The random numbers of one loss evaluation, each [B, ...] on the CPU; several processes share one draw."""
+
+    @abstractmethod
+    def _loss(self, features: Tensor, action: Tensor, draws: Draws) -> Loss:
+        """Cloning loss of normalised chunks [B, Tp, Da] given features [B, To, F]."""
+
+    @abstractmethod
+    def _sample(self, features: Tensor, noise: Tensor | None, generator: Generators) -> Tensor:
+        """Normalised chunks [B, Tp, Da]."""
+
+    @final
+    def fit_normalizer(self, statistics: Mapping[str, KeyStatistics]) -> None:
+        """Take the exact statistics of the training split, keyed as the observations and "action"."""
+        self.normalizer.fit(statistics, self.normalizers)
+
+    @final
+    def features(self, obs: Observation) -> Tensor:
+        """Normalise and encode observations {key: [B, To, ...]} -> [B, To, F].
+
+        Raises:
+            PolicyError: a key is missing or has another shape than the spec's.
+        """
+        return self.encoder({key: self._normalized(key, array, obs) for key, array in self.spec.observations.items()})
+
+    @final
+    def loss(self, batch: Mapping[str, Any], draws: Draws | None = None) -> Loss:
+        """Cloning loss of a batch {"obs": {key: [B, To, ...]}, "action": [B, Tp, Da]} in physical units."""
+        action = self.normalizer.normalize(ACTION, batch[ACTION])
+        if draws is None:
+            draws = self.draw(len(action))
+        moved = tuple(draw.to(action.device) for draw in draws)
+        return self._loss(self.features(batch["obs"]), action, moved)
+
+    forward = loss
+
+    @final
+    @torch.no_grad()
+    def predict(self, obs: Observation, *, noise: Tensor | None = None, generator: Generators = None) -> Tensor:
+        """The whole chunk [B, Tp, Da] in physical units.
+
+        Args:
+            obs: {key: [B, To, ...]} in physical units.
+            noise: [B, Tp, Da] the starting noise; drawn from `generator` when not given.
+            generator: one for the batch or one per row.
+        """
+        return self.normalizer.unnormalize(ACTION, self._sample(self.features(obs), noise, generator))
+
+    @final
+    def act(self, obs: Observation, *, noise: Tensor | None = None, generator: Generators = None) -> Tensor:
+        """The part of the chunk that is executed, [B, Ta, Da] in physical units; arguments as `predict`."""
+        return self.predict(obs, noise=noise, generator=generator)[:, self.spec.executed]
+
+    def _normalized(self, key: str, array: ArraySpec, obs: Observation) -> Tensor:
+        if key not in obs:
+            raise PolicyError(f"observation '{key}' is missing; got {sorted(obs)}")
+        value = obs[key]
+        wanted = (self.spec.observation_steps, *array.shape)
+        if tuple(value.shape[1:]) != wanted:
+            raise PolicyError(f"observation '{key}' must have shape [B, {wanted}], got {list(value.shape)}")
+        return value if array.dtype == "uint8" else self.normalizer.normalize(key, value)
