@@ -1,0 +1,85 @@
+"""Exact statistics of the training episodes, for a policy's normaliser."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flowsteer.datasets.replay_buffer import (
+    Array,
+    ReplayBuffer,
+    blocks,
+    is_image,
+    non_finite_error,
+    non_finite_rows,
+)
+from flowsteer.datasets.splits import episode_mask
+
+Vector = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class KeyStatistics:
+    """Over `count` frames; each array float64 in the shape of one frame ([C] for images: per channel, in 0..255).
+
+    `std` is the population's (divided by the count).
+    """
+
+    min: Vector
+    max: Vector
+    mean: Vector
+    std: Vector
+    count: int
+
+
+def statistics(
+    buffer: ReplayBuffer, keys: Sequence[str], episodes: NDArray[Any] | Sequence[int] | None = None
+) -> dict[str, KeyStatistics]:
+    """Minimum, maximum, mean and standard deviation of `keys` over the frames of `episodes` (mask, numbers, or all).
+
+    Computed in float64 in blocks, so that an array on disk is never loaded whole.
+
+    Raises:
+        DataError: for a missing key, or naming the first frame with a NaN or infinite value.
+    """
+    mask = episode_mask(episodes, buffer.num_episodes)
+    return {key: _of_key(buffer, key, mask) for key in keys}
+
+
+def _of_key(buffer: ReplayBuffer, key: str, mask: NDArray[np.bool_]) -> KeyStatistics:
+    array = buffer.array(key)
+    low, high, mean, spread, count = _first_frame(array, buffer, mask)
+    for start, block in _episode_blocks(buffer, array, mask):
+        bad = non_finite_rows(block)
+        if bad.size:
+            raise non_finite_error(buffer.source, key, start + int(bad[0]), buffer.episode_ends)
+        values = _as_samples(array, block)
+        low, high = np.minimum(low, values.min(axis=0)), np.maximum(high, values.max(axis=0))
+        # Chan et al. 1979, eq. 2.1: exact merge of two sets' means and sums of squared deviations.
+        merged, shift = count + len(values), values.mean(axis=0) - mean
+        spread = spread + ((values - values.mean(axis=0)) ** 2).sum(axis=0) + shift**2 * (count * len(values) / merged)
+        mean, count = mean + shift * (len(values) / merged), merged
+    frames = int(buffer.episode_lengths[mask].sum())
+    return KeyStatistics(low, high, mean, np.sqrt(spread / count), frames)
+
+
+def _first_frame(array: Array, buffer: ReplayBuffer, mask: NDArray[np.bool_]) -> tuple[Vector, Vector, Vector, Vector, int]:
+    """Neutral elements: nothing counted yet."""
+    shape = array.shape[-1:] if is_image(array) else array.shape[1:]
+    nothing = np.zeros(shape, np.float64)
+    return nothing + np.inf, nothing - np.inf, nothing, nothing, 0
+
+
+def _episode_blocks(buffer: ReplayBuffer, array: Array, mask: NDArray[np.bool_]) -> Iterator[tuple[int, NDArray[Any]]]:
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
+    for first, last in edges.reshape(-1, 2):
+        yield from blocks(array, int(buffer.episode_starts[first]), int(buffer.episode_ends[last - 1]))
+
+
+def _as_samples(array: Array, block: NDArray[Any]) -> Vector:
+    values = block.reshape(-1, block.shape[-1]) if is_image(array) else block
+    return np.asarray(values, dtype=np.float64)

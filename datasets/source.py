@@ -1,0 +1,58 @@
+"""What a file format has to tell before anything is read: its columns, its episode ends, its facts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Column:
+    """One array on disk.
+
+    length: number of frames it says it has.
+    shape, dtype: of one frame, as stored.
+    blocks: reads all frames in order, in pieces; each call starts anew.
+    by_default: loaded when no keys are named.
+    in_place: a zarr array that may be read where it lies, because every frame is a chunk of its own.
+    """
+
+    length: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    blocks: Callable[[], Iterator[NDArray[Any]]]
+    by_default: bool = True
+    in_place: zarr.Array[Any] | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened, not yet read data set; `meta` as in `ReplayBuffer`.
+
+    check: raises DataError for what only this format can tell is wrong (clock, missing pieces); skipped when a
+        person asks for the data as they are.
+    """
+
+    path: Path
+    columns: dict[str, Column]
+    episode_ends: NDArray[np.int64]
+    meta: dict[str, Any] = field(default_factory=dict)
+    check: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A format: `accepts` looks at a path's form (cheaply, never raises), `open` describes what is there.
+
+    `open` raises DataError naming the file and the remedy.
+    """
+
+    name: str
+    accepts: Callable[[Path], bool]
+    open: Callable[[Path], Source]

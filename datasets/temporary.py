@@ -1,0 +1,67 @@
+"""Writing that leaves all or nothing, and arrays that live on disk while they are used."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flowsteer.datasets.errors import DataError
+
+
+@contextmanager
+def replaced_by(target: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `target` to write a file or folder to; renamed to `target` at the end.
+
+    Raises:
+        DataError: if `target` exists, or writing failed (full disk, no permission); the temporary is removed.
+    """
+    if target.exists():
+        raise DataError(f"{target}: already exists: remove it or choose another name")
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        os.rename(partial, target)
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(f"{target}: cannot be written ({reason}): free disk space or choose another place") from error
+    finally:
+        remove(partial)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def allocate(shape: tuple[int, ...], dtype: np.dtype[Any], *, in_memory: bool) -> NDArray[Any]:
+    """An array to fill: in memory, or memory-mapped to a nameless file in the temporary folder ($TMPDIR).
+
+    Raises:
+        DataError: if the temporary folder has no room.
+    """
+    size = int(np.prod(shape)) * dtype.itemsize
+    if in_memory or size == 0:
+        return np.empty(shape, dtype)
+    with tempfile.TemporaryFile() as file:
+        try:
+            # Reserve the blocks now: a full disk is an error here and would be a bus error at a later write.
+            reserve = getattr(os, "posix_fallocate", lambda descriptor, _, length: os.ftruncate(descriptor, length))
+            reserve(file.fileno(), 0, size)
+        except OSError as error:
+            raise DataError(
+                f"{tempfile.gettempdir()}: no room for {size / 2**30:.1f} GiB of images ({error.strerror}): "
+                f"set TMPDIR to a larger disk or ask for a smaller image_size"
+            ) from error
+        return np.memmap(file, dtype=dtype, mode="r+", shape=shape)

@@ -1,0 +1,126 @@
+"""Diffusion Policy's replay buffer: a zarr group (format 2 or 3) with `data/*` [N, ...] and `meta/episode_ends` [E]."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.storage import ZipStore
+
+from flowsteer.datasets.errors import DataError
+from flowsteer.datasets.replay_buffer import Array, ReplayBuffer, blocks, is_image
+from flowsteer.datasets.source import Column, Reader, Source
+from flowsteer.datasets.temporary import replaced_by
+
+GROUP_FILES = (".zgroup", "zarr.json")
+SHARD_BYTES = 64 << 20
+CHUNK_BYTES = 1 << 20
+
+
+def accepts(path: Path) -> bool:
+    """A folder, or an uncompressed zip of it, with a zarr group's own file."""
+    if path.is_dir():
+        return any((path / name).is_file() for name in GROUP_FILES)
+    return zipfile.is_zipfile(path) and any(name in GROUP_FILES for name in zipfile.ZipFile(path).namelist())
+
+
+def open_source(path: Path) -> Source:
+    """Describe the store at `path`.
+
+    Raises:
+        DataError: if it is no replay buffer or cannot be opened.
+    """
+    try:
+        root = zarr.open_group(path if path.is_dir() else ZipStore(path, mode="r"), mode="r")
+        arrays = {name: array for name, array in root["data"].arrays()}  # type: ignore[union-attr]
+        ends = np.asarray(root["meta/episode_ends"][:])  # type: ignore[index]
+    except KeyError as error:
+        raise DataError(
+            f"{path}: a zarr store without {error}: a replay buffer needs the groups 'data' and 'meta/episode_ends'"
+        ) from error
+    except Exception as error:
+        raise DataError(f"{path}: the zarr store cannot be opened ({error}): copy or download it again") from error
+    return Source(
+        path,
+        {name: _column(array) for name, array in arrays.items()},
+        ends,
+        {**_read_meta(root), "format": f"zarr v{root.metadata.zarr_format}"},
+        lambda: _check_chunks(path, arrays),
+    )
+
+
+def _column(array: zarr.Array[Any]) -> Column:
+    def read() -> Iterator[NDArray[Any]]:
+        step = array.chunks[0]
+        step *= max(1, CHUNK_BYTES // max(1, array.dtype.itemsize * int(np.prod(array.shape[1:])) * step))
+        for start in range(0, array.shape[0], step):
+            yield np.asarray(array[start : start + step])
+
+    per_frame = array.dtype == np.uint8 and array.chunks[0] == 1
+    return Column(array.shape[0], array.shape[1:], array.dtype, read, in_place=array if per_frame else None)
+
+
+def _check_chunks(path: Path, arrays: dict[str, zarr.Array[Any]]) -> None:
+    """A missing chunk file would silently read as zeros."""
+    for name, array in arrays.items():
+        missing = array.nchunks - array.nchunks_initialized
+        if missing > 0:
+            raise DataError(
+                f"{path}: key '{name}': {missing} of its chunks are missing and would read as zeros: copy the store again "
+                f"(if its writer leaves out chunks of zeros, open it with strict=False)"
+            )
+
+
+def _read_meta(root: zarr.Group) -> dict[str, Any]:
+    meta = dict(root.attrs.get("flowsteer", {}))  # type: ignore[call-overload]
+    if "meta/episodes" in root:
+        meta["episodes"] = json.loads(bytes(np.asarray(root["meta/episodes"][:])))  # type: ignore[index]
+    return meta
+
+
+def write_zarr(buffer: ReplayBuffer, path: Path | str, *, zarr_format: int = 3) -> Path:
+    """Write `buffer` as a new store; images in chunks of one frame, so that any frame is one small read.
+
+    zarr_format: 3 packs the image chunks into shards (few files); 2 is what Diffusion Policy's own code reads.
+
+    Raises:
+        DataError: if `path` exists or the disk is full; then nothing is left behind.
+    """
+    with replaced_by(Path(path)) as partial:
+        root = zarr.open_group(partial, mode="w", zarr_format=zarr_format)  # type: ignore[arg-type]
+        meta = {key: value for key, value in buffer.meta.items() if key not in ("episodes", "format")}
+        root.attrs["flowsteer"] = meta
+        _write(root, "meta/episode_ends", buffer.episode_ends)
+        if "episodes" in buffer.meta:
+            encoded = json.dumps(buffer.meta["episodes"]).encode()
+            _write(root, "meta/episodes", np.frombuffer(encoded, np.uint8))
+        for key, array in buffer.data.items():
+            _write(root, f"data/{key}", array)
+    return Path(path)
+
+
+def _write(root: zarr.Group, name: str, array: Array) -> None:
+    frame_bytes = max(1, array.dtype.itemsize * int(np.prod(array.shape[1:])))
+    chunk = 1 if is_image(array) else max(1, min(array.shape[0], CHUNK_BYTES // frame_bytes))
+    sharded = is_image(array) and root.metadata.zarr_format == 3
+    shard = max(1, min(array.shape[0], SHARD_BYTES // frame_bytes))
+    target = root.create_array(
+        name,
+        shape=array.shape,
+        dtype=array.dtype,
+        chunks=(chunk, *array.shape[1:]),
+        shards=(shard, *array.shape[1:]) if sharded else None,
+        config={"write_empty_chunks": True},
+    )
+    step = shard if sharded else chunk * max(1, SHARD_BYTES // (chunk * frame_bytes))
+    for start in range(0, array.shape[0], step):
+        target[start : start + step] = np.asarray(array[start : start + step])
+
+
+READER = Reader("Diffusion Policy zarr", accepts, open_source)
