@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Self, final
 
 import torch
 from torch import Tensor
 
-from flowsteer.policies.spec import ArraySpec
+from flowsteer.sim.spec import TaskSpec as TaskSpec
 
 Observation = dict[str, Tensor]
 
-
-@dataclass(frozen=True)
-class TaskSpec:
-    """What a task offers: the arrays of one step, the action width, its rate and its episode limit (env steps).
-
-    Actions are in the task's physical units, within `action_low` and `action_high` (each Da long).
-    """
-
-    name: str
-    observations: Mapping[str, ArraySpec]
-    action_dim: int
-    action_low: tuple[float, ...]
-    action_high: tuple[float, ...]
-    control_hz: float
-    max_episode_steps: int
+IDLE = -1
+"""In `VecEnv.seeds`: no episode runs, since the seeds have run out."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +27,11 @@ class StepResult:
         except where an episode ended: there it is the first observation of the next episode.
     reward_sum: [B] sum of the rewards of the executed steps, up to and including the last of the episode.
     terminated, truncated: [B] bool; the episode ended inside this chunk by the task's rule / by its time limit.
+        Never both: where the last permitted step also ends by rule, it is terminated.
     info: tensors [B]: `env_steps` (int64, executed steps), `reward_max` (float32, largest step reward),
         `success` (bool, the task's success held at some executed step), `seed` (int64, of the episode that the
         chunk belonged to), `active` (bool, false where an idle environment did nothing), `lost` (bool, the
-        worker died: the episode counts for nothing).
+        worker died: the episode counts for nothing, its observations here are not of that episode's end).
     """
 
     obs: Observation
@@ -51,19 +41,29 @@ class StepResult:
     final_obs: Observation
     info: dict[str, Tensor]
 
+    @property
+    def ended(self) -> Tensor:
+        """[B] bool: the episode is over, for whatever reason."""
+        return self.terminated | self.truncated | self.info["lost"]
+
 
 class VecEnv(ABC):
-    """B environments of one task, stepped in chunks.
+    """B environments of one task, stepped in chunks; a context manager that closes itself.
 
     Tensors in and out live on `device`. Observations hold the last To steps; at an episode's start the first
-    observation is repeated. A finished environment starts its next episode by itself with the next seed; when
-    the seeds run out it stays idle.
+    observation is repeated. A finished environment starts its next episode by itself with the next seed (where
+    several finish in one chunk, in order of the environments); when the seeds run out it stays idle.
     """
 
     spec: TaskSpec
     num_envs: int
     observation_steps: int
     device: torch.device
+
+    @property
+    @abstractmethod
+    def seeds(self) -> tuple[int, ...]:
+        """The seed of each environment's running episode, `IDLE` where none runs; B long."""
 
     @abstractmethod
     def reset(self, seeds: Iterable[int]) -> Observation:
@@ -74,8 +74,22 @@ class VecEnv(ABC):
 
     @abstractmethod
     def step_chunk(self, actions: Tensor) -> StepResult:
-        """Execute actions [B, Ta, Da] open loop; each environment stops at its episode's end."""
+        """Execute actions [B, Ta, Da] open loop; each environment stops at its episode's end.
+
+        Rows of idle environments are ignored. Actions are clipped to the limits of the spec.
+
+        Raises:
+            SimError: wrong shape, or an action that is not finite, naming the environment; nothing was stepped.
+        """
 
     @abstractmethod
     def close(self) -> None:
         """Free every process, file and GPU buffer; safe to call twice."""
+
+    @final
+    def __enter__(self) -> Self:
+        return self
+
+    @final
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,14 @@
+"""Every task by its name. Tasks with choices appear once per choice that changes what they observe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from flowsteer.sim.tasks.base import Task
+from flowsteer.sim.tasks.pusht import PushT
+
+TASKS: dict[str, Callable[[], Task]] = {
+    "pusht": PushT,
+    "pusht_keypoints": lambda: PushT("keypoints"),
+    "pusht_image": lambda: PushT("image"),
+}

@@ -8,12 +8,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flowsteer.sim.vec_env import TaskSpec
+from flowsteer.sim.spec import TaskSpec
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
@@ -30,6 +30,13 @@ class Step:
     reward: float
     terminated: bool
     success: bool
+
+
+class DatasetKey(NamedTuple):
+    """Where the public demonstrations keep an observation: `array[key][..., columns]`."""
+
+    key: str
+    columns: slice = slice(None)
 
 
 class SingleEnv(ABC):
@@ -69,8 +76,8 @@ class Task(ABC):
     spec: TaskSpec
     heavy: ClassVar[bool]
     """True where one step takes longer than a message between processes: such tasks run in worker processes."""
-    dataset_keys: Mapping[str, str]
-    """Observation key -> the key of the public demonstrations; only the keys that differ."""
+    dataset_keys: Mapping[str, DatasetKey]
+    """Observation key -> its place in the public demonstrations; only those that are not under their own name."""
 
     @abstractmethod
     def make(self) -> SingleEnv:

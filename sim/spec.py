@@ -1,0 +1,24 @@
+"""What a task promises about its inputs and outputs. Imported by worker processes: nothing here needs torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from flowsteer.policies.spec import ArraySpec
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """What a task offers: the arrays of one step, the action width, its rate and its episode limit (env steps).
+
+    Actions are in the task's physical units, within `action_low` and `action_high` (each Da long).
+    """
+
+    name: str
+    observations: Mapping[str, ArraySpec]
+    action_dim: int
+    action_low: tuple[float, ...]
+    action_high: tuple[float, ...]
+    control_hz: float
+    max_episode_steps: int

@@ -1,0 +1,39 @@
+"""Means with 95 % intervals."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Z_95 = 1.959963984540054
+RESAMPLES = 10_000
+
+
+class Interval(NamedTuple):
+    """A mean and its 95 % confidence interval; NaN where there is too little data to say."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def wilson(successes: int, trials: int) -> Interval:
+    """The share of successes with Wilson's score interval (1927), which stays in [0, 1] and is sound at both ends."""
+    if trials == 0:
+        return Interval(math.nan, math.nan, math.nan)
+    share, z2 = successes / trials, Z_95**2
+    centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = Z_95 * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2)) / (1 + z2 / trials)
+    return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def bootstrap(values: NDArray[np.float64]) -> Interval:
+    """The mean of values [n] with its percentile bootstrap interval; the same values give the same interval."""
+    if len(values) < 2:
+        return Interval(float(values[0]) if len(values) else math.nan, math.nan, math.nan)
+    draws = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    low, high = np.quantile(values[draws].mean(axis=1), (0.025, 0.975))
+    return Interval(float(values.mean()), float(low), float(high))
