@@ -1,0 +1,168 @@
+"""Subcommands whose options are Hydra overrides: parse, refuse in one line, launch (once, or a sweep with -m)."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra_zen import launch
+from omegaconf import DictConfig, OmegaConf
+
+from flowsteer.cli.errors import UsageError, exit_code, report
+from flowsteer.cli.help import help_text
+from flowsteer.cli.refusals import VERSION_BASE, Composed, compose_or_refuse, parse
+
+QUIET = ("hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null", "hydra.job.chdir=false")
+"""Hydra keeps its hands off logging, the run folder and the working directory."""
+
+Run = Callable[[DictConfig, Path], "float | None"]
+"""The resolved config and the folder to write to -> a score, for sweepers that optimise."""
+
+
+@dataclass(frozen=True)
+class Application:
+    """A subcommand as Hydra sees it. Importable by name, so that launchers can pickle it for other machines.
+
+    Attributes:
+        name: of the subcommand and of its config.
+        summary: what it does, for `--help`.
+        config: the typed top-level config; its field `out` is the folder to write to.
+        run: does the work.
+        default_out: the folder of a single run where the config's `out` is None.
+        paths: options that name files; relative ones mean the directory of the launch.
+    """
+
+    name: str
+    summary: str
+    config: type
+    run: Run
+    default_out: Callable[[Composed], Path]
+    paths: tuple[str, ...] = ()
+
+    def __call__(self, args: Sequence[str]) -> int:
+        """Run a command line and return its exit code."""
+        ConfigStore.instance().store(name=self.name, node=self.config)
+        flags = _parse(self.name, args)
+        composed = compose_or_refuse(self.name, flags.overrides, sweep=flags.multirun)
+        if flags.help:
+            print(help_text(self.name, self.summary, composed))
+            return 0
+        if flags.cfg:
+            print(OmegaConf.to_yaml(composed.config), end="")
+            return 0
+        return self._launch(composed, flags.overrides, flags.multirun)
+
+    def _launch(self, composed: Composed, overrides: list[str], multirun: bool) -> int:
+        folder = self._folder(composed, multirun)
+        mode = RunMode.MULTIRUN if multirun else RunMode.RUN
+        added = [*QUIET, f"hydra.mode={mode.name}", *_folder_overrides(folder, overrides)]
+        with _no_empty_folders(folder):
+            job = launch(
+                self.config,
+                Job(self),
+                overrides=[*added, *overrides],
+                multirun=multirun,
+                version_base=VERSION_BASE,
+                config_name=self.name,
+                job_name=self.name,
+                with_log_configuration=False,
+            )
+        outcome = None if multirun else job.return_value
+        return outcome.code if isinstance(outcome, Failure) else 0
+
+    def _folder(self, composed: Composed, multirun: bool) -> Path:
+        if composed.config.out is not None:
+            return Path(composed.config.out).expanduser().absolute()
+        if multirun:
+            return Path("runs", f"{self.name}-sweep-{timestamp()}").absolute()
+        return self.default_out(composed).absolute()
+
+
+def timestamp() -> str:
+    """Now, as a part of a folder's name."""
+    return time.strftime("%Y%m%d-%H%M%S")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error that has been reported."""
+
+    code: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, here or on the machine that a launcher chose."""
+
+    application: Application
+
+    def __call__(self, config: DictConfig) -> float | Failure | None:
+        """Resolve the config, run, and tell the user's errors in one line."""
+        hydra = HydraConfig.get()
+        folder, sweep = Path(hydra.runtime.output_dir), hydra.mode == RunMode.MULTIRUN
+        try:
+            return self.application.run(self._resolved(config, Path(hydra.runtime.cwd)), folder)
+        except Exception as error:
+            code = exit_code(error)
+            if code is None:
+                raise
+            report(error, f"{hydra.job.override_dirname}: " if sweep else "")
+            if sweep:
+                # Only an exception tells the sweeper that the job failed.
+                raise
+            return Failure(code)
+        finally:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+    def _resolved(self, config: DictConfig, cwd: Path) -> DictConfig:
+        OmegaConf.resolve(config)
+        for key in self.application.paths:
+            if config[key] is not None:
+                config[key] = os.path.normpath(cwd / Path(config[key]).expanduser())
+        return config
+
+
+def _parse(name: str, args: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(prog=f"flowsteer {name}", add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("-m", "--multirun", action="store_true")
+    parser.add_argument("-c", "--cfg", choices=["job"])
+    return parser.parse_intermixed_args(args)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def _folder_overrides(folder: Path, overrides: list[str]) -> Iterator[str]:
+    """Run in `folder`; jobs of a sweep in sub-folders named after what differs between them."""
+    quoted = "'" + str(folder).replace("\\", "\\\\").replace("'", "\\'") + "'"
+    yield f"hydra.run.dir={quoted}"
+    yield f"hydra.sweep.dir={quoted}"
+    yield "hydra.sweep.subdir=${hydra.job.override_dirname}"
+    same = [override.key_or_group for override in parse(overrides) if not override.is_sweep_override()]
+    yield f"hydra.job.config.override_dirname.exclude_keys=[{','.join(same)}]"
+
+
+@contextlib.contextmanager
+def _no_empty_folders(folder: Path) -> Iterator[None]:
+    """Remove `folder` and its new parents again where nothing was written to them."""
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    finally:
+        for path in created:
+            with contextlib.suppress(OSError):
+                path.rmdir()

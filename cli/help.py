@@ -1,0 +1,66 @@
+"""The text of `flowsteer SUBCOMMAND --help`: choices, options, their defaults and what they mean."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from flowsteer.cli.refusals import Composed, groups, is_node
+from flowsteer.policies.build import locate
+
+
+def help_text(name: str, summary: str, composed: Composed) -> str:
+    """Everything that can be set, with the values that `composed` holds."""
+    lines = [f"flowsteer {name}: {summary}", "", f"usage: flowsteer {name} option=value ... [choice=name ...] [-m]", ""]
+    if composed.chosen:
+        known = groups()
+        rows = [(f"{g}={c}", " | ".join(known[g])) for g, c in composed.chosen.items() if c is not None]
+        lines += ["choices (each brings its own options)", *_aligned(rows), ""]
+    lines += ["options and their values now (??? must be given)", *_aligned(list(_rows(composed.config, "")))]
+    lines += [
+        "",
+        "  -m, --multirun  one job for each value of option=a,b",
+        "  --cfg job       print the config and stop",
+    ]
+    return "\n".join(lines)
+
+
+def _rows(config: DictConfig, prefix: str) -> Iterator[tuple[str, str]]:
+    meanings = descriptions(_class_of(config))
+    for key in config:
+        node = config._get_node(key)
+        if str(key).startswith("_"):
+            continue
+        if is_node(node):
+            yield from _rows(node, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}={_written(node)}", meanings.get(str(key), "")
+
+
+def _written(node: Any) -> str:
+    """A value as it is written on the command line."""
+    value = OmegaConf.to_container(node) if OmegaConf.is_config(node) else node._value()
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _class_of(config: DictConfig) -> Any:
+    """What a node configures: the class behind `_target_`, or the dataclass itself."""
+    target = config.get("_target_")
+    return OmegaConf.get_type(config) if target is None else locate(target)
+
+
+def descriptions(target: Any) -> dict[str, str]:
+    """The entries of the "Args:" or "Attributes:" section of a docstring: name -> one line."""
+    section = re.search(r"(?:Args|Attributes):\n((?:[ ]{4,}.*\n?|\n)+)", inspect.getdoc(target) or "")
+    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", section.group(1) if section else "", re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
+
+
+def _aligned(rows: list[tuple[str, str]]) -> list[str]:
+    width = min(48, max(len(option) for option, _ in rows))
+    return [f"  {option:{width}}  {meaning}".rstrip() for option, meaning in rows]

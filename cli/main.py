@@ -1,0 +1,42 @@
+"""The `flowsteer` command. A new subcommand is one module with `main(args) -> int` and one line in COMMANDS."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from flowsteer.cli.dispatch import Command, dispatch
+from flowsteer.cli.errors import exit_code, report
+
+COMMANDS = {
+    "train": Command("flowsteer.cli.train:main", "clone a policy from demonstrations, or resume a run"),
+    "eval": Command("flowsteer.cli.eval:main", "judge a checkpoint in simulation"),
+    "data": Command("flowsteer.cli.data:main", "inspect, convert, collect and fetch demonstrations"),
+    "demo": Command("flowsteer.cli.demo:main", "collect, train and judge a robot arm in minutes"),
+    "bench": Command("flowsteer.cli.bench:main", "measure how fast things are"),
+}
+SUMMARY = "flowsteer: robot policies that sample actions from a generative model"
+INTERRUPTED = 130
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a command line (of this process by default) and return its exit code.
+
+    0 done, 1 it failed (one line says why), 2 the command line cannot be run, 130 stopped by a signal.
+    FLOWSTEER_DEBUG=1 shows the traceback of every error.
+    """
+    try:
+        return dispatch("flowsteer", SUMMARY, COMMANDS, sys.argv[1:] if args is None else args)
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "stopped", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        code = exit_code(error)
+        if code is None:
+            raise
+        report(error)
+        return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
