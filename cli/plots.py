@@ -1,0 +1,52 @@
+"""Curves of a run, drawn from its metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from flowsteer.cli.files import write_atomically
+
+Rows = Sequence[Mapping[str, Any]]
+
+LOSSES = {"train/loss": "training", "val/loss": "validation (averaged weights)"}
+SCORES = {"eval/success": "success", "eval/max_reward": "maximum reward"}
+"""Each beside NAME_low and NAME_high, its 95 % interval."""
+
+
+def plot_run(folder: Path, rows: Rows) -> None:
+    """Write loss.png and success.png, each where there is something to show."""
+    _draw(folder / "loss.png", rows, LOSSES, "loss", logarithmic=True)
+    _draw(folder / "success.png", rows, SCORES, "mean over episodes, 95 % interval", logarithmic=False)
+
+
+def _draw(file: Path, rows: Rows, names: Mapping[str, str], label: str, *, logarithmic: bool) -> None:
+    # No pyplot: its global state is neither needed nor safe beside other threads.
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="optimiser step", ylabel=label)
+    drawn = [_curve(axes, rows, name, title) for name, title in names.items()]
+    if not any(drawn):
+        return
+    if logarithmic and all(value > 0 for line in axes.lines for value in line.get_ydata()):  # type: ignore[union-attr]
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    write_atomically(file, lambda path: figure.savefig(path, dpi=120))
+
+
+def _curve(axes: Axes, rows: Rows, name: str, title: str) -> bool:
+    points = [row for row in rows if row.get(name) is not None]
+    if not points:
+        return False
+    steps, values = [row["step"] for row in points], [row[name] for row in points]
+    (line,) = axes.plot(steps, values, marker="o" if len(points) < 30 else None, markersize=3, label=title)
+    low, high = [row.get(f"{name}_low") for row in points], [row.get(f"{name}_high") for row in points]
+    if None not in low and None not in high:
+        axes.fill_between(steps, low, high, alpha=0.2, color=line.get_color())
+    return True

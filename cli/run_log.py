@@ -1,0 +1,221 @@
+"""Where a training run's numbers go: a progress bar, metrics.jsonl, TensorBoard, plots and, on request, W&B."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Task as ProgressTask
+from rich.text import Text
+from torch.utils.tensorboard import SummaryWriter
+
+from flowsteer.cli.errors import UsageError
+from flowsteer.cli.files import write_atomically
+from flowsteer.cli.plots import plot_run
+
+METRICS = "metrics.jsonl"
+LINE_EVERY_S = 10.0
+
+
+class Sink(Protocol):
+    """One destination."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Take the values of a step."""
+
+    def close(self) -> None:
+        """Write what is pending."""
+
+
+class RunLog:
+    """Numbers by step, to every sink; use it as a context.
+
+    Args:
+        folder: the run folder.
+        steps: the last step, for the time left.
+        start: the step that a resumed run starts from; what was logged after it is dropped.
+        wandb: keyword arguments of `wandb.init`; None keeps W&B out.
+    """
+
+    def __init__(self, folder: Path, steps: int, *, start: int = 0, wandb: Mapping[str, Any] | None = None) -> None:
+        self._folder = folder
+        self._sinks: list[Sink] = [Metrics(folder / METRICS, start), Screen(steps, start), TensorBoard(folder, start)]
+        if wandb is not None:
+            self._sinks.append(Wandb(folder, wandb))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Record `values` of optimiser step `step`."""
+        for sink in self._sinks:
+            sink.log(step, values)
+        if any(name.startswith("eval/") for name in values):
+            self.plot()
+
+    def plot(self) -> None:
+        """Draw loss.png and success.png anew."""
+        plot_run(self._folder, read_metrics(self._folder / METRICS))
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for sink in self._sinks:
+            sink.close()
+        if error is None:
+            self.plot()
+
+
+class Metrics:
+    """One JSON object per call: {"step": ..., name: value, ...}; NaN and infinity become null."""
+
+    def __init__(self, file: Path, start: int) -> None:
+        kept = [row for row in read_metrics(file) if row["step"] <= start]
+        write_atomically(file, lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in kept)))
+        self._stream = file.open("a", buffering=1)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Append a line."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._stream.write(json.dumps({"step": step, **finite}) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics file, in order; none where there is no file. A line that a kill cut is left out."""
+    rows = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+class Screen:
+    """A bar with rate and time left on a terminal; elsewhere a plain line every ten seconds."""
+
+    def __init__(self, steps: int, start: int) -> None:
+        self._steps, self._start, self._began, self._last_line = steps, start, time.monotonic(), -math.inf
+        self._console = Console(soft_wrap=True)
+        self._bar: Progress | None = None
+        if self._console.is_terminal:
+            self._bar, self._task = _start_bar(self._console, steps, start)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Move the bar; evaluations also leave a line."""
+        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        judged = any(name.startswith("eval/") for name in values)
+        if self._bar is not None:
+            if judged:
+                self._console.print(f"step {step}  {text}", highlight=False)
+            self._bar.update(self._task, completed=step, **({} if judged else {"numbers": text}))
+        elif judged or time.monotonic() - self._last_line >= LINE_EVERY_S or step == self._steps:
+            self._last_line = time.monotonic()
+            self._console.print(f"step {step}/{self._steps}  {text}  {self._pace(step)}", highlight=False)
+
+    def _pace(self, step: int) -> str:
+        rate = (step - self._start) / max(1e-9, time.monotonic() - self._began)
+        left = (self._steps - step) / rate if rate > 0 else math.inf
+        return f"{rate:.1f} steps/s  {format_duration(left)} left"
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+class StepsPerSecond(ProgressColumn):
+    """The rate of a bar."""
+
+    def render(self, task: ProgressTask) -> Text:
+        """The text of the column."""
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.1f} steps/s")
+
+
+def _start_bar(console: Console, steps: int, start: int) -> tuple[Progress, TaskID]:
+    bar = Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        StepsPerSecond(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[numbers]}"),
+        console=console,
+        speed_estimate_period=60,
+    )
+    task = bar.add_task("train", total=steps, completed=start, numbers="")
+    bar.start()
+    return bar, task
+
+
+def format_duration(seconds: float) -> str:
+    """Hours, minutes and seconds as 1:02:03 or 2:03; "?" where unknown."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+
+class TensorBoard:
+    """Event files in the run folder; `tensorboard --logdir runs` compares runs."""
+
+    def __init__(self, folder: Path, start: int) -> None:
+        self._writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None, flush_secs=10)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Add one scalar for each value."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._writer.close()
+
+
+class Wandb:
+    """Weights & Biases; a resumed run goes on under its first id.
+
+    Raises:
+        UsageError: the package is missing.
+    """
+
+    def __init__(self, folder: Path, options: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ModuleNotFoundError:
+            raise UsageError("log.wandb=true needs a package: pip install 'flowsteer[wandb]'") from None
+        note = folder / "wandb_id.txt"
+        if not note.exists():
+            note.write_text(uuid.uuid4().hex)
+        self._run = wandb.init(dir=str(folder), id=note.read_text().strip(), resume="allow", **options)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Send the values."""
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """Finish the upload."""
+        self._run.finish()
