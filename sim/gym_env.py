@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from typing import final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flowsteer.sim.errors import SimError
 from flowsteer.sim.pool import LocalPool, Pool
 from flowsteer.sim.slot import OUTCOME
-from flowsteer.sim.tasks.base import Task
+from flowsteer.sim.tasks.base import Array, Task
 from flowsteer.sim.vec_env import IDLE, Observation, StepResult, VecEnv
+from flowsteer.sim.worker_pool import WorkerPool
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _pool(task: Task, num_envs: int, observation_steps: int, workers: int | None, timeout_s: float) -> Pool:
+    if workers is None:
+        workers = _usable_cores() if task.heavy else 0
+    if workers == 0:
+        return LocalPool(task, num_envs, observation_steps)
+    return WorkerPool(task, num_envs, observation_steps, workers, timeout_s)
 
 
 @final
@@ -24,11 +39,24 @@ class GymVecEnv(VecEnv):
         task: what to make.
         num_envs: B.
         observation_steps: To.
+        workers: processes that the environments are dealt over; 0 keeps them in this one. By default 0 for cheap
+            tasks and one per usable core for heavy ones. Episodes are the same either way.
+        timeout_s: a worker that takes longer over one chunk or reset counts as crashed.
         device: where tensors come out.
+
+    Raises:
+        SimError: a size is not positive, or the simulator is not installed.
     """
 
     def __init__(
-        self, task: Task, num_envs: int, observation_steps: int, *, device: torch.device | str = "cpu"
+        self,
+        task: Task,
+        num_envs: int,
+        observation_steps: int,
+        *,
+        workers: int | None = None,
+        timeout_s: float = 120.0,
+        device: torch.device | str = "cpu",
     ) -> None:
         if min(num_envs, observation_steps) < 1:
             raise SimError(f"num_envs and observation_steps must be at least 1, got {num_envs} and {observation_steps}")
@@ -39,7 +67,7 @@ class GymVecEnv(VecEnv):
         self.device = torch.device(device)
         self._low = np.asarray(task.spec.action_low, dtype=np.float32)
         self._high = np.asarray(task.spec.action_high, dtype=np.float32)
-        self._pool: Pool = LocalPool(task, num_envs, observation_steps)
+        self._pool = _pool(task, num_envs, observation_steps, workers, timeout_s)
         self._next: Iterator[int] = iter(())
         self._seeds = [IDLE] * num_envs
 
@@ -82,7 +110,7 @@ class GymVecEnv(VecEnv):
             self._seeds[i] = next(self._next, IDLE)
         self._pool.start({i: self._seeds[i] for i in indices if self._seeds[i] != IDLE})
 
-    def _checked(self, actions: Tensor) -> np.ndarray:
+    def _checked(self, actions: Tensor) -> NDArray[np.float32]:
         """Actions as float32 within the limits."""
         wanted = (self.num_envs, actions.shape[1] if actions.ndim == 3 else 0, self.spec.action_dim)
         if actions.shape != wanted or actions.shape[1] < 1:
@@ -98,10 +126,11 @@ class GymVecEnv(VecEnv):
                 f"{self.spec.name}: the actions of environment {i} (seed {self._seeds[i]}) are not finite; "
                 "the policy has diverged or its normaliser is broken"
             )
-        return np.clip(chunks, self._low, self._high)
+        clipped: NDArray[np.float32] = np.clip(chunks, self._low, self._high)
+        return clipped
 
     def _observation(self) -> Observation:
         return {key: self._tensor(window.copy()) for key, window in self._pool.windows.items()}
 
-    def _tensor(self, array: np.ndarray) -> Tensor:
+    def _tensor(self, array: Array) -> Tensor:
         return torch.from_numpy(array).to(self.device)

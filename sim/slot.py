@@ -28,6 +28,7 @@ OUTCOME = np.dtype(
 """What one chunk did in one environment; the words of `StepResult`."""
 
 Outcomes = NDArray[np.void]
+OutcomeRow = tuple[float, float, int, bool, bool, bool]
 
 
 def window_arrays(
@@ -58,7 +59,7 @@ class Slot:
         for key, window in self._window.items():
             window[:] = observation[key]
 
-    def run(self, actions: Array) -> tuple[float, float, int, bool, bool, bool]:
+    def run(self, actions: Array) -> OutcomeRow:
         """Execute actions [Ta, Da] up to the episode's end; one row of `OUTCOME`."""
         recent: deque[Arrays] = deque(maxlen=self._observation_steps)
         rewards, success, terminated, truncated = [], False, False, False
