@@ -211,4 +211,3 @@ class FlowPolicy(DenoisingPolicy):
         super().__init__(
             spec, encoder, network, LinearPath(), prediction, times, 1e-3, steps, start, eta, solver, clip, normalizers
         )
-

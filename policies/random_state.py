@@ -53,5 +53,3 @@ def unpack_random(values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     torch.set_rng_state(tensors["random.torch"])
     if torch.cuda.is_available() and "random.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random.cuda"])
-
-

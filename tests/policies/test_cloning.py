@@ -1,0 +1,239 @@
+"""The cloning loop: it learns, it resumes bit for bit, it stops cleanly, and processes share the work."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flowsteer.policies.checkpoint import load_policy, resolve
+from flowsteer.policies.cloning import Cloning, CloningConfig, learning_rate
+from flowsteer.policies.errors import PolicyError
+from flowsteer.policies.policy import Policy
+from flowsteer.policies.random_state import seed_everything
+
+CONFIG = CloningConfig(
+    steps=12, warmup_steps=2, precision="float32", log_every=3, validate_every=0, evaluate_every=0, save_every=4
+)
+
+
+class Numbers:
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, dict[str, float]]] = []
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.rows.append((step, dict(values)))
+
+    def of(self, name: str) -> dict[int, float]:
+        return {step: values[name] for step, values in self.rows if name in values}
+
+
+@pytest.fixture
+def make_run(
+    make_policy: Callable[..., Policy], make_batches: Callable[..., Any], describe: Callable[[str], dict[str, Any]]
+) -> Callable[..., Cloning]:
+    def make(family: str, folder: Path | None = None, config: CloningConfig = CONFIG) -> Cloning:
+        seed_everything(3)
+        return Cloning(make_policy(family), config, make_batches(16), 16, folder=folder, describe=describe(family))
+
+    return make
+
+
+def same(a: Cloning, b: Cloning) -> bool:
+    pairs = [(a.policy, b.policy), (a.ema.average, b.ema.average)]
+    return all(torch.equal(p, q) for x, y in pairs for p, q in zip(x.parameters(), y.parameters(), strict=True))
+
+
+def test_learning_rate_by_hand() -> None:
+    config = CloningConfig(steps=110, warmup_steps=10, lr=2.0)
+    assert learning_rate(0, config) == pytest.approx(0.2)
+    assert learning_rate(10, config) == 2.0
+    assert learning_rate(60, config) == pytest.approx(1.0)
+    assert learning_rate(110, config) == pytest.approx(0.0)
+
+
+def test_the_loss_falls(family: str, make_run: Callable[..., Cloning], make_batch: Callable[..., Any]) -> None:
+    config = CloningConfig(steps=150, warmup_steps=5, lr=3e-3, precision="float32", save_every=0)
+    run = make_run(family, config=config)
+    before = run.validate([make_batch(64)])
+    run.batches = iter(lambda: make_batch(64), None)  # type: ignore[assignment]
+    run.batch_size = 64
+    for _ in range(150):
+        run.update(next(run.batches))
+        run.progress.step += 1
+    assert run.validate([make_batch(64)]) < before - 0.1
+
+
+@pytest.mark.parametrize("stop_at", [4, 8])
+def test_stop_and_resume_equals_never_stopping(
+    family: str, stop_at: int, tmp_path: Path, make_run: Callable[..., Cloning]
+) -> None:
+    whole, log = make_run(family, tmp_path / "whole"), Numbers()
+    assert whole.train(log)
+
+    first = make_run(family, tmp_path / "part")
+    for _ in range(stop_at):
+        first._timed_update()
+    first.save()
+    second, resumed_log = make_run(family, tmp_path / "part"), Numbers()
+    seed_everything(99)
+    second.resume(tmp_path / "part")
+    assert second.train(resumed_log)
+
+    assert same(whole, second)
+    assert log.of("train/loss")[12] == resumed_log.of("train/loss")[12]
+    state, resumed = whole.state(), second.state()
+    assert state.values | {"train_s": 0} == resumed.values | {"train_s": 0}
+    assert all(torch.equal(value, resumed.tensors[key]) for key, value in state.tensors.items())
+
+
+def test_resuming_restores_every_generator(tmp_path: Path, make_run: Callable[..., Cloning]) -> None:
+    import random
+
+    import numpy as np
+
+    run = make_run("flow", tmp_path)
+    run._timed_update()
+    run.save()
+    expected = (random.random(), np.random.rand(), torch.rand(1).item())
+    seed_everything(1234)
+    run.resume(tmp_path)
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
+
+
+def test_validation_does_not_disturb_training(make_run: Callable[..., Cloning], make_batch: Callable[..., Any]) -> None:
+    plain, validated = make_run("diffusion"), make_run("diffusion")
+    plain.train(Numbers())
+    config = CloningConfig(**{**vars(CONFIG), "validate_every": 5})
+    validated.config = config
+    log = Numbers()
+    validated.train(log, validation=lambda: [make_batch(8), make_batch(3)])
+    assert same(plain, validated)
+    assert sorted(log.of("val/loss")) == [5, 10]
+
+
+def test_the_best_checkpoint_is_kept(tmp_path: Path, make_run: Callable[..., Cloning]) -> None:
+    scores = {3: 0.2, 6: 0.9, 9: 0.4, 12: 0.9}
+
+    def evaluate(policy: Policy, step: int) -> tuple[dict[str, float], float]:
+        torch.rand(step)  # a simulator that draws from the global generator
+        return {"eval/success": scores[step]}, scores[step]
+
+    config = CloningConfig(**{**vars(CONFIG), "evaluate_every": 3})
+    run, log = make_run("flow", tmp_path, config), Numbers()
+    run.train(log, evaluate=evaluate)
+    assert log.of("eval/success") == scores
+    assert resolve(tmp_path / "best").name == "00000006"
+    assert resolve(tmp_path).name == "00000012"
+    assert same(run, make_and_train(make_run)), "evaluation must not change what is learnt"
+
+
+def make_and_train(make_run: Callable[..., Cloning]) -> Cloning:
+    run = make_run("flow")
+    run.train(Numbers())
+    return run
+
+
+def test_a_signal_stops_after_saving(tmp_path: Path, make_run: Callable[..., Cloning]) -> None:
+    run = make_run("flow", tmp_path)
+
+    class Stopping(Numbers):
+        def log(self, step: int, values: Mapping[str, float]) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    assert not run.train(Stopping())
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert resolve(tmp_path).name == "00000003"
+
+
+def test_a_loss_that_is_not_finite(
+    tmp_path: Path, make_run: Callable[..., Cloning], make_batch: Callable[..., Any]
+) -> None:
+    run = make_run("flow", tmp_path)
+
+    def poisoned() -> Iterator[Any]:
+        for number in range(100):
+            batch = make_batch(16, number)
+            if number == 5:
+                batch["action"][0, 0, 0] = math.nan
+            yield batch
+
+    class Source:
+        batches = poisoned()
+
+        def __next__(self) -> Any:
+            return next(self.batches)
+
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+    run.batches = Source()  # type: ignore[assignment]
+    with pytest.raises(PolicyError, match="the loss is nan at step 6: lower train.lr"):
+        run.train(Numbers())
+    assert resolve(tmp_path).name == "00000004"
+    assert all(torch.isfinite(p).all() for p in load_policy(tmp_path).parameters())
+
+
+def test_refusals(make_run: Callable[..., Cloning]) -> None:
+    with pytest.raises(PolicyError, match="train.steps, train.lr and train.log_every must be positive"):
+        CloningConfig(steps=0)
+    with pytest.raises(PolicyError, match="train.precision 'bf16' is unknown; nearest: bfloat16"):
+        make_run("flow", config=CloningConfig(precision="bf16"))
+
+
+def test_an_unfitted_normaliser_cannot_be_trained(make_policy: Callable[..., Policy], make_batches: Any) -> None:
+    policy = make_policy("flow")
+    policy.normalizer.get_buffer("scale:state").fill_(math.nan)
+    with pytest.raises(PolicyError, match="scale:state is not finite"):
+        Cloning(policy, CONFIG, make_batches(4), 4)
+
+
+WORKER = """
+import importlib.util, json, sys
+from accelerate import Accelerator
+import torch
+torch.set_num_threads(1)
+spec = importlib.util.spec_from_file_location("kit", sys.argv[1])
+kit = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(kit)
+from flowsteer.policies.cloning import Cloning, CloningConfig
+accelerator = Accelerator(cpu=True)
+rank, processes = accelerator.process_index, accelerator.num_processes
+config = CloningConfig(steps=5, warmup_steps=1, precision="float32", log_every=1, save_every=0)
+run = Cloning(kit._make_policy(sys.argv[2]), config, kit.FakeBatches(16, rank, processes), 16, accelerator=accelerator)
+rows = []
+class Log:
+    def log(self, step, values): rows.append(values["train/loss"])
+run.train(Log())
+if accelerator.is_main_process:
+    print(json.dumps([processes, rows, [p.double().sum().item() for p in run.ema.average.parameters()]]))
+"""
+
+
+@pytest.mark.parametrize("family", ["diffusion"], indirect=True)
+def test_two_processes_equal_one_with_the_double_batch(family: str, tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    kit = str(Path(__file__).with_name("conftest.py"))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    results = []
+    for arguments in ([], launch):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+        command = [sys.executable, *arguments, str(script), kit, family]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180, check=False)
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads(done.stdout.strip().splitlines()[-1]))
+    (one, losses, weights), (two, shared_losses, shared_weights) = results
+    assert (one, two) == (1, 2)
+    assert shared_losses == pytest.approx(losses, rel=1e-5)
+    assert shared_weights == pytest.approx(weights, rel=1e-4, abs=1e-4)

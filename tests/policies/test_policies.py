@@ -1,0 +1,183 @@
+"""What every family promises, and what the denoising families promise beyond it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from flowsteer.policies.denoising import DenoisingPolicy, FlowPolicy
+from flowsteer.policies.errors import PolicyError
+from flowsteer.policies.gaussian import GaussianPolicy
+from flowsteer.policies.paths import TARGET, LinearPath
+from flowsteer.policies.policy import Policy
+from flowsteer.policies.samplers import uniform_grid
+from flowsteer.policies.spec import ArraySpec, PolicySpec
+
+Make = Callable[..., Policy]
+OBS = {"state": torch.randn(6, 2, 3, generator=torch.Generator().manual_seed(0))}
+
+
+def trained(policy: Policy) -> Policy:
+    """Weights that are nowhere zero, as after training."""
+    torch.manual_seed(1)
+    for parameter in policy.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return policy.eval()
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_same_seed_same_chunk(family: str, make_policy: Make) -> None:
+    policy = trained(make_policy(family))
+    first, second = (policy.act(OBS, generator=generator(3)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert first.shape == (6, 4, 2)
+    assert first.isfinite().all()
+
+
+def test_batched_rows_equal_single_rows(family: str, make_policy: Make) -> None:
+    policy = trained(make_policy(family))
+    rows = policy.predict(OBS, generator=[generator(i) for i in range(6)])
+    for i in range(6):
+        alone = policy.predict({"state": OBS["state"][i : i + 1]}, generator=generator(i))
+        torch.testing.assert_close(rows[i : i + 1], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_act_is_the_executed_part_of_predict(family: str, make_policy: Make) -> None:
+    policy = trained(make_policy(family))
+    chunk = policy.predict(OBS, generator=generator(3))
+    assert chunk.shape == (6, 8, 2)
+    assert torch.equal(policy.act(OBS, generator=generator(3)), chunk[:, 1:5])
+
+
+def test_loss_has_parts_and_gradients(family: str, make_policy: Make, make_batch: Callable[..., Any]) -> None:
+    policy = trained(make_policy(family))
+    loss = policy.loss(make_batch(16))
+    loss.total.backward()
+    assert loss.total.item() > 0
+    assert loss.parts
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in policy.parameters())
+
+
+def test_given_draws_make_the_loss_deterministic(
+    family: str, make_policy: Make, make_batch: Callable[..., Any]
+) -> None:
+    policy = trained(make_policy(family))
+    draws, batch = policy.draw(16, generator(0)), make_batch(16)
+    assert torch.equal(policy.loss(batch, draws).total, policy.loss(batch, draws).total)
+
+
+def test_missing_and_misshapen_observations(family: str, make_policy: Make) -> None:
+    policy = make_policy(family)
+    with pytest.raises(PolicyError, match=r"observation 'state' is missing; got \['stat'\]"):
+        policy.act({"stat": OBS["state"]})
+    with pytest.raises(PolicyError, match=r"observation 'state' must have shape \[B, \(2, 3\)\], got \[6, 1, 3\]"):
+        policy.act({"state": OBS["state"][:, :1]})
+
+
+@pytest.mark.parametrize("family", ["diffusion", "flow"], indirect=True)
+def test_eta_zero_maps_noise_to_chunk(family: str, make_policy: Make) -> None:
+    policy = trained(make_policy(family))
+    noise = torch.randn(6, 8, 2, generator=generator(0))
+    chunks = [policy.predict(OBS, noise=noise, generator=generator(seed)) for seed in (1, 2)]
+    assert torch.equal(*chunks)
+    assert not torch.equal(chunks[0], policy.predict(OBS, noise=-noise))
+    with pytest.raises(PolicyError, match=r"noise must have shape \[6, 8, 2\], got \[6, 4, 2\]"):
+        policy.predict(OBS, noise=noise[:, :4])
+
+
+@pytest.mark.parametrize("family", ["diffusion", "flow"], indirect=True)
+def test_eta_one_draws_noise_at_each_step(family: str, make_policy: Make) -> None:
+    policy = trained(make_policy(family))
+    assert isinstance(policy, DenoisingPolicy)
+    policy.eta = 1.0
+    noise = torch.zeros(6, 8, 2)
+    a, b = (policy.predict(OBS, noise=noise, generator=generator(seed)) for seed in (1, 2))
+    assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("family", ["diffusion", "flow"], indirect=True)
+def test_denoise_on_a_grid_equals_denoise(family: str, make_policy: Make) -> None:
+    policy = trained(make_policy(family))
+    assert isinstance(policy, DenoisingPolicy)
+    grid, x = uniform_grid(5), torch.randn(6, 8, 2, generator=generator(0))
+    cond = policy.encode(OBS)
+    on_grid = policy.denoise_on(grid, cond)
+    for k in range(5):
+        expected = policy.denoise(x, grid[k].expand(6), cond)
+        torch.testing.assert_close(on_grid(x, k), expected, atol=1e-5, rtol=1e-5)
+        assert expected.abs().max() <= 1, "a_hat is clipped to the normalised range"
+
+
+def test_flow_loss_by_hand(make_policy: Make) -> None:
+    policy = trained(make_policy("flow"))
+    assert isinstance(policy, FlowPolicy)
+    a, eps = torch.randn(2, 3, 8, 2, generator=generator(0))
+    t, cond = torch.tensor([0.1, 0.5, 0.9]), policy.encode({"state": OBS["state"][:3]})
+    out = policy.network((1 - t)[:, None, None] * a + t[:, None, None] * eps, policy.network.embed_time(t), cond)
+    expected = (out - (eps - a)).square().mean((1, 2))
+    torch.testing.assert_close(policy.denoising_loss(a, cond, t, eps), expected)
+    torch.testing.assert_close(TARGET["velocity"](LinearPath(), a, eps, t), eps - a)
+
+
+@pytest.mark.parametrize("family", ["diffusion", "flow"], indirect=True)
+def test_training_times_cover_the_path_evenly(family: str, make_policy: Make) -> None:
+    t, eps = make_policy(family).draw(1000, generator(0))
+    assert t.min() > 0
+    assert t.max() <= 1
+    # The comb puts exactly one time into each of the 1000 cells.
+    assert t.sort().values.diff().max() < 2.1e-3
+    assert eps.shape == (1000, 8, 2)
+    assert eps.std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_gaussian_by_hand(make_policy: Make, make_batch: Callable[..., Any]) -> None:
+    policy, batch = trained(make_policy("gaussian")), make_batch(16)
+    assert isinstance(policy, GaussianPolicy)
+    gaussian = policy.distribution(policy.features(batch["obs"]))
+    action = policy.normalizer.normalize("action", batch["action"])
+    normal = torch.distributions.Normal(gaussian.mean, gaussian.std)
+    torch.testing.assert_close(policy.loss(batch).total, -normal.log_prob(action).mean())
+    assert torch.equal(policy.act(OBS), policy.act(OBS)), "temperature 0 acts with the mean"
+    policy.temperature = 1.0
+    assert not torch.equal(policy.act(OBS), policy.act(OBS))
+
+
+def test_gaussian_std_has_a_floor(make_policy: Make) -> None:
+    policy = make_policy("gaussian")
+    assert isinstance(policy, GaussianPolicy)
+    policy.log_std.data.fill_(-100.0)
+    assert policy.distribution(policy.features(OBS)).std.tolist() == pytest.approx([0.01, 0.01])
+
+
+def test_spec_round_trip_and_refusals() -> None:
+    spec = PolicySpec({"image": ArraySpec((96, 96, 3), "uint8")}, 2, 2, 16, 8, 10.0)
+    assert PolicySpec.from_dict(spec.to_dict()) == spec
+    assert spec.executed == slice(1, 9)
+    with pytest.raises(PolicyError, match="must not exceed prediction_steps, got 2 - 1 \\+ 16 > 16"):
+        PolicySpec({"x": ArraySpec((1,))}, 2, 2, 16, 16, 10.0)
+    with pytest.raises(PolicyError, match="sizes of at least 1"):
+        PolicySpec({"x": ArraySpec((1,))}, 0, 2, 16, 8, 10.0)
+
+
+@pytest.mark.parametrize(
+    ("observations", "action_dim", "hz", "message"),
+    [
+        ({"y": ArraySpec((3,))}, 2, 10.0, r"needs observation 'x', task t offers \['y'\]"),
+        ({"x": ArraySpec((4,))}, 2, 10.0, r"observation 'x': the policy needs .*\(3,\).*, task t offers .*\(4,\)"),
+        ({"x": ArraySpec((3,))}, 7, 10.0, "the policy has 2 action dimensions, task t has 7"),
+        ({"x": ArraySpec((3,))}, 2, 20.0, "the policy runs at 10 Hz, task t at 20 Hz"),
+    ],
+)
+def test_a_policy_refuses_another_task(
+    observations: dict[str, ArraySpec], action_dim: int, hz: float, message: str
+) -> None:
+    spec = PolicySpec({"x": ArraySpec((3,))}, 2, 1, 4, 4, 10.0)
+    spec.check({"x": ArraySpec((3,)), "more": ArraySpec((1,))}, 2, 10.0, "task t")
+    with pytest.raises(PolicyError, match=message):
+        spec.check(observations, action_dim, hz, "task t")
