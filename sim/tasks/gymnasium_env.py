@@ -13,9 +13,10 @@ from flowsteer.policies.spec import ArraySpec
 from flowsteer.sim.environ import environment
 from flowsteer.sim.errors import SimError
 from flowsteer.sim.spec import TaskSpec
-from flowsteer.sim.tasks.base import Array, Arrays, SingleEnv, Step
+from flowsteer.sim.tasks.base import Array, Arrays, DatasetKey, SingleEnv, Step
 
 RENDER_SIZE = 256
+MINARI_KEYS = {"state": DatasetKey("observation")}
 REMEDY = "install libegl1 and libgl1-mesa-dri (software rendering), or set MUJOCO_GL to one of egl, osmesa, glfw"
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
 from contextlib import redirect_stderr
 from typing import Any, ClassVar, final
 
 from flowsteer.sim.errors import SimError, optional_module
-from flowsteer.sim.tasks.base import Array, DatasetKey, SingleEnv, Task
-from flowsteer.sim.tasks.gymnasium_env import RENDER_SIZE, GymnasiumEnv, state_spec
+from flowsteer.sim.tasks.base import Array, SingleEnv, Task
+from flowsteer.sim.tasks.gymnasium_env import MINARI_KEYS, RENDER_SIZE, GymnasiumEnv, state_spec
 
 KITCHEN_SUBTASKS = (
     "bottom burner",
@@ -49,7 +48,7 @@ class Kitchen(Task):
     """
 
     heavy: ClassVar[bool] = True
-    dataset_keys: ClassVar[Mapping[str, DatasetKey]] = {"state": DatasetKey("observation")}
+    dataset_keys = MINARI_KEYS
     spec = state_spec("kitchen", state_dim=59, action_dim=9, control_hz=12.5, max_episode_steps=280)
 
     def __init__(self, subtasks: tuple[str, ...] = ("microwave", "kettle", "bottom burner", "light switch")) -> None:
@@ -83,7 +82,7 @@ class AdroitDoor(Task):
     """
 
     heavy: ClassVar[bool] = False
-    dataset_keys: ClassVar[Mapping[str, DatasetKey]] = {"state": DatasetKey("observation")}
+    dataset_keys = MINARI_KEYS
 
     def __init__(self, max_episode_steps: int = 300) -> None:
         self.spec = state_spec("adroit_door", 39, 28, control_hz=100.0, max_episode_steps=max_episode_steps)

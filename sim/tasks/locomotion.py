@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar, final
 
 from flowsteer.sim.errors import optional_module
-from flowsteer.sim.tasks.base import Array, DatasetKey, SingleEnv, Task
-from flowsteer.sim.tasks.gymnasium_env import RENDER_SIZE, GymnasiumEnv, state_spec
+from flowsteer.sim.tasks.base import Array, SingleEnv, Task
+from flowsteer.sim.tasks.gymnasium_env import MINARI_KEYS, RENDER_SIZE, GymnasiumEnv, state_spec
 
 
 def _observation(observation: Array) -> Array:
@@ -29,7 +28,7 @@ class Hopper(Task):
     """One leg, 3 joint torques, 125 Hz; ends when it falls."""
 
     heavy: ClassVar[bool] = False
-    dataset_keys: ClassVar[Mapping[str, DatasetKey]] = {"state": DatasetKey("observation")}
+    dataset_keys = MINARI_KEYS
     spec = state_spec("hopper", state_dim=11, action_dim=3, control_hz=125.0, max_episode_steps=1000)
 
     def make(self) -> SingleEnv:
@@ -42,7 +41,7 @@ class Walker2d(Task):
     """Two legs, 6 joint torques, 125 Hz; ends when it falls."""
 
     heavy: ClassVar[bool] = False
-    dataset_keys: ClassVar[Mapping[str, DatasetKey]] = {"state": DatasetKey("observation")}
+    dataset_keys = MINARI_KEYS
     spec = state_spec("walker2d", state_dim=17, action_dim=6, control_hz=125.0, max_episode_steps=1000)
 
     def make(self) -> SingleEnv:
@@ -55,7 +54,7 @@ class HalfCheetah(Task):
     """Two legs that cannot fall, 6 joint torques, 20 Hz."""
 
     heavy: ClassVar[bool] = False
-    dataset_keys: ClassVar[Mapping[str, DatasetKey]] = {"state": DatasetKey("observation")}
+    dataset_keys = MINARI_KEYS
     spec = state_spec("halfcheetah", state_dim=17, action_dim=6, control_hz=20.0, max_episode_steps=1000)
 
     def make(self) -> SingleEnv:
