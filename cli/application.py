@@ -43,7 +43,7 @@ class Application:
 
     name: str
     summary: str
-    config: type
+    config: Any
     run: Run
     default_out: Callable[[Composed], Path]
     paths: tuple[str, ...] = ()
@@ -65,17 +65,10 @@ class Application:
         folder = self._folder(composed, multirun)
         mode = RunMode.MULTIRUN if multirun else RunMode.RUN
         added = [*QUIET, f"hydra.mode={mode.name}", *_folder_overrides(folder, overrides)]
+        options: dict[str, Any] = {"version_base": VERSION_BASE, "config_name": self.name, "job_name": self.name}
+        options |= {"overrides": [*added, *overrides], "multirun": multirun, "with_log_configuration": False}
         with _no_empty_folders(folder):
-            job = launch(
-                self.config,
-                Job(self),
-                overrides=[*added, *overrides],
-                multirun=multirun,
-                version_base=VERSION_BASE,
-                config_name=self.name,
-                job_name=self.name,
-                with_log_configuration=False,
-            )
+            job = launch(self.config, Job(self), **options)
         outcome = None if multirun else job.return_value
         return outcome.code if isinstance(outcome, Failure) else 0
 

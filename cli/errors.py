@@ -7,23 +7,27 @@ import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-from flowsteer.datasets.errors import DataError
-from flowsteer.policies.errors import PolicyError
-from flowsteer.sim.errors import SimError
-
 
 class UsageError(ValueError):
     """A command line that cannot be run; the message is one line naming the option and the remedy."""
-
-
-EXIT_CODES: dict[type[Exception], int] = {UsageError: 2, DataError: 1, PolicyError: 1, SimError: 1, OSError: 1}
 
 
 def exit_code(error: BaseException) -> int | None:
     """The exit code of an error that is told in one line; None for one that deserves its traceback."""
     if os.environ.get("FLOWSTEER_DEBUG") == "1":
         return None
-    return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), None)
+    if isinstance(error, UsageError):
+        return 2
+    return 1 if isinstance(error, _user_errors()) else None
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    # Imported when something has gone wrong, since importing a room takes longer than `flowsteer --help` may.
+    from flowsteer.datasets.errors import DataError
+    from flowsteer.policies.errors import PolicyError
+    from flowsteer.sim.errors import SimError
+
+    return DataError, PolicyError, SimError, OSError
 
 
 def one_line(error: BaseException) -> str:

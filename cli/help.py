@@ -31,15 +31,13 @@ def help_text(name: str, summary: str, composed: Composed) -> str:
 
 
 def _rows(config: DictConfig, prefix: str) -> Iterator[tuple[str, str]]:
-    meanings = descriptions(_class_of(config))
-    for key in config:
+    meanings = _meanings(config)
+    for key in map(str, config):
         node = config._get_node(key)
-        if str(key).startswith("_"):
-            continue
         if is_node(node):
             yield from _rows(node, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}={_written(node)}", meanings.get(str(key), "")
+        elif not key.startswith("_"):
+            yield f"{prefix}{key}={_written(node)}", meanings.get(key, "")
 
 
 def _written(node: Any) -> str:
@@ -48,15 +46,17 @@ def _written(node: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _class_of(config: DictConfig) -> Any:
-    """What a node configures: the class behind `_target_`, or the dataclass itself."""
+def _meanings(config: DictConfig) -> dict[str, str]:
+    """What the docstrings say of a node's options: of the class that it configures, and of its own."""
     target = config.get("_target_")
-    return OmegaConf.get_type(config) if target is None else locate(target)
+    documented: list[Any] = [OmegaConf.get_type(config), *([] if target is None else [locate(target)])]
+    bases = [base for each in documented for base in reversed(inspect.getmro(each))]
+    return {name: text for base in bases for name, text in descriptions(base).items()}
 
 
 def descriptions(target: Any) -> dict[str, str]:
     """The entries of the "Args:" or "Attributes:" section of a docstring: name -> one line."""
-    section = re.search(r"(?:Args|Attributes):\n((?:[ ]{4,}.*\n?|\n)+)", inspect.getdoc(target) or "")
+    section = re.search(r"(?:Args|Attributes):\n((?:[ ]{4,}.*\n?|\n)+)", inspect.cleandoc(target.__doc__ or ""))
     entries = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", section.group(1) if section else "", re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in entries}
 

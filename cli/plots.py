@@ -30,23 +30,24 @@ def _draw(file: Path, rows: Rows, names: Mapping[str, str], label: str, *, logar
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="optimiser step", ylabel=label)
-    drawn = [_curve(axes, rows, name, title) for name, title in names.items()]
-    if not any(drawn):
+    values = [value for name, title in names.items() for value in _curve(axes, rows, name, title)]
+    if not values:
         return
-    if logarithmic and all(value > 0 for line in axes.lines for value in line.get_ydata()):  # type: ignore[union-attr]
+    if logarithmic and min(values) > 0:
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
     axes.legend()
     write_atomically(file, lambda path: figure.savefig(path, dpi=120))
 
 
-def _curve(axes: Axes, rows: Rows, name: str, title: str) -> bool:
+def _curve(axes: Axes, rows: Rows, name: str, title: str) -> list[float]:
+    """Draw a curve and its interval; returns its values."""
     points = [row for row in rows if row.get(name) is not None]
     if not points:
-        return False
+        return []
     steps, values = [row["step"] for row in points], [row[name] for row in points]
     (line,) = axes.plot(steps, values, marker="o" if len(points) < 30 else None, markersize=3, label=title)
-    low, high = [row.get(f"{name}_low") for row in points], [row.get(f"{name}_high") for row in points]
-    if None not in low and None not in high:
+    if all(row.get(f"{name}_low") is not None and row.get(f"{name}_high") is not None for row in points):
+        low, high = [row[f"{name}_low"] for row in points], [row[f"{name}_high"] for row in points]
         axes.fill_between(steps, low, high, alpha=0.2, color=line.get_color())
-    return True
+    return values

@@ -54,13 +54,11 @@ def _compose(name: str, overrides: Sequence[str]) -> Composed:
 
 def options(config: DictConfig, prefix: str = "") -> Iterator[str]:
     """Every option of a config by its full name, `_target_` and the like left out."""
-    for key in config:
-        if str(key).startswith("_"):
-            continue
+    for key in map(str, config):
         node = config._get_node(key)
         if is_node(node):
             yield from options(node, f"{prefix}{key}.")
-        else:
+        elif not key.startswith("_"):
             yield f"{prefix}{key}"
 
 

@@ -83,6 +83,13 @@ class RunLog:
             self.plot()
 
 
+class Silent:
+    """For the processes beside the main one."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Nothing."""
+
+
 class Metrics:
     """One JSON object per call: {"step": ..., name: value, ...}; NaN and infinity become null."""
 
@@ -123,13 +130,13 @@ class Screen:
             self._bar, self._task = _start_bar(self._console, steps, start)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Move the bar; evaluations also leave a line."""
-        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        judged = any(name.startswith("eval/") for name in values)
+        """Move the bar; evaluations and validations also leave a line."""
+        text = format_numbers(values)
+        judged = any(name.startswith(("eval/", "val/")) for name in values)
         if self._bar is not None:
             if judged:
                 self._console.print(f"step {step}  {text}", highlight=False)
-            self._bar.update(self._task, completed=step, **({} if judged else {"numbers": text}))
+            self._bar.update(self._task, completed=step, numbers="" if judged else text)
         elif judged or time.monotonic() - self._last_line >= LINE_EVERY_S or step == self._steps:
             self._last_line = time.monotonic()
             self._console.print(f"step {step}/{self._steps}  {text}  {self._pace(step)}", highlight=False)
@@ -168,6 +175,18 @@ def _start_bar(console: Console, steps: int, start: int) -> tuple[Progress, Task
     task = bar.add_task("train", total=steps, completed=start, numbers="")
     bar.start()
     return bar, task
+
+
+def format_numbers(values: Mapping[str, float]) -> str:
+    """NAME value, with [low, high] where there is an interval."""
+    texts = []
+    for name, value in values.items():
+        if name.endswith(("_low", "_high")):
+            continue
+        low, high = values.get(f"{name}_low"), values.get(f"{name}_high")
+        interval = "" if low is None or high is None else f" [{low:.3g}, {high:.3g}]"
+        texts.append(f"{name.partition('/')[2] or name} {value:.4g}{interval}")
+    return "  ".join(texts)
 
 
 def format_duration(seconds: float) -> str:

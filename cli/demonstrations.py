@@ -1,0 +1,98 @@
+"""Demonstrations as a policy's observations: the one place where data sets, tasks and policies meet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from omegaconf import DictConfig
+
+from flowsteer.datasets.errors import DataError
+from flowsteer.datasets.opening import open_dataset, open_source
+from flowsteer.datasets.replay_buffer import ACTION, Array, ReplayBuffer
+from flowsteer.policies.spec import ArraySpec, PolicySpec
+from flowsteer.sim.tasks.base import DatasetKey, Task
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """A buffer that holds the observations of `spec`, under their names and in their shapes, and "action"."""
+
+    buffer: ReplayBuffer
+    spec: PolicySpec
+
+
+def load_demonstrations(config: DictConfig, task: Task | None) -> Demonstrations:
+    """Read `config.dataset` as observations of `task`, or without a task as `config.data` says.
+
+    Raises:
+        DataError: naming the data set, the key and the remedy.
+    """
+    if config.dataset is None:
+        raise DataError("dataset= is missing: name a zarr store, an HDF5 file, a LeRobot folder or minari:ID")
+    keys = _columns(config, task)
+    wanted = {column.key for column in keys.values()} | {ACTION}
+    buffer = open_dataset(config.dataset, keys=sorted(wanted), in_memory=config.data.in_memory)
+    arrays = {key: _select(buffer.array(column.key), column.columns) for key, column in keys.items()}
+    spec = _spec(config, task, buffer, arrays)
+    shaped = {key: _shaped(arrays[key], key, array, buffer.source) for key, array in spec.observations.items()}
+    data = {**shaped, ACTION: buffer.array(ACTION)}
+    return Demonstrations(ReplayBuffer(data, buffer.episode_ends, buffer.meta, check_finite=False), spec)
+
+
+def _columns(config: DictConfig, task: Task | None) -> dict[str, DatasetKey]:
+    """Where the data set keeps each observation: as told, else under its own name, else as the public sets do."""
+    names = list(config.data.observations) if task is None else list(task.spec.observations)
+    if not names:
+        raise DataError("data.observations is empty: with task=none it lists the keys that the policy sees")
+    stored = open_source(config.dataset).columns
+    public: Mapping[str, DatasetKey] = {} if task is None else task.dataset_keys
+    told = {key: DatasetKey(name) for key, name in config.data.names.items()}
+    usual = {key: public[key] for key in names if key in public and key not in stored}
+    return {key: DatasetKey(key) for key in names} | usual | told
+
+
+def _select(array: Array, columns: slice) -> Array:
+    return array if columns == slice(None) else np.asarray(array[..., columns])
+
+
+def _spec(config: DictConfig, task: Task | None, buffer: ReplayBuffer, arrays: Mapping[str, Array]) -> PolicySpec:
+    action_dim = math.prod(buffer.array(ACTION).shape[1:])
+    if task is None:
+        observations, hz = {key: _spec_of(array) for key, array in arrays.items()}, config.data.control_hz
+        hz = hz or buffer.control_hz
+        if hz is None:
+            raise DataError(f"{buffer.source} does not tell its control rate: set data.control_hz")
+    else:
+        observations, hz = dict(task.spec.observations), task.spec.control_hz
+        _check_task(task, buffer, action_dim)
+    return PolicySpec(observations, action_dim, control_hz=hz, **config.horizon)
+
+
+def _spec_of(array: Array) -> ArraySpec:
+    return ArraySpec(tuple(array.shape[1:]) or (1,), "uint8" if array.dtype == np.uint8 else "float32")
+
+
+def _check_task(task: Task, buffer: ReplayBuffer, action_dim: int) -> None:
+    name, hz = task.spec.name, task.spec.control_hz
+    if action_dim != task.spec.action_dim:
+        raise DataError(f"{buffer.source} has {action_dim} action dimensions, task '{name}' has {task.spec.action_dim}")
+    if buffer.control_hz is not None and not math.isclose(buffer.control_hz, hz, rel_tol=0.01):
+        raise DataError(f"{buffer.source} was recorded at {buffer.control_hz:g} Hz, task '{name}' runs at {hz:g} Hz")
+
+
+def _shaped(array: Array, key: str, wanted: ArraySpec, source: str) -> Array:
+    shape = tuple(array.shape[1:]) or (1,)
+    if shape == wanted.shape and (array.dtype == np.uint8) == (wanted.dtype == "uint8"):
+        return array
+    if math.prod(shape) == math.prod(wanted.shape) and wanted.dtype != "uint8":
+        flat: NDArray[Any] = np.asarray(array)
+        return flat.reshape(len(flat), *wanted.shape)
+    raise DataError(
+        f"{source}: observation '{key}' is {array.dtype} {list(shape)}, the task's is {wanted.dtype} "
+        f"{list(wanted.shape)}: choose another task or map the key with +data.names.{key}=NAME"
+    )

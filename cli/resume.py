@@ -1,0 +1,68 @@
+"""`flowsteer train resume=DIR ...`: the config of a run, with further options on top."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from flowsteer.cli.errors import UsageError, nearest, one_line
+from flowsteer.cli.refusals import is_node, options, parse
+from flowsteer.cli.training import CONFIG
+from flowsteer.configs.train import TrainConfig
+
+RESUME = "resume"
+
+
+def resumed_run(args: Sequence[str]) -> Path | None:
+    """The folder that `resume=` names, if it is there."""
+    given = [arg.partition("=")[2] for arg in args if arg.startswith(f"{RESUME}=")]
+    return Path(given[-1]).expanduser().absolute() if given and given[-1] not in ("", "null") else None
+
+
+def resumed_config(folder: Path, args: Sequence[str]) -> DictConfig:
+    """The stored config of the run in `folder` with the other `args` applied.
+
+    Raises:
+        UsageError: no run there, an unreadable config, an unknown option, a wrong type, or a sweep.
+    """
+    config = _stored(folder)
+    for arg in args:
+        if not arg.startswith(f"{RESUME}="):
+            _override(config, arg)
+    return config
+
+
+def _stored(folder: Path) -> DictConfig:
+    file = folder / CONFIG
+    try:
+        stored = OmegaConf.load(file)
+        config = OmegaConf.merge(OmegaConf.structured(TrainConfig), stored)
+    except FileNotFoundError:
+        raise UsageError(f"resume={folder} holds no run ({CONFIG} is missing): name a folder made with out=") from None
+    except (OSError, ValueError, OmegaConfBaseException) as error:
+        raise UsageError(f"{file} is not the config of a run: {one_line(error).splitlines()[0]}") from error
+    assert isinstance(config, DictConfig)
+    config.pop("defaults", None)
+    OmegaConf.set_struct(config, True)
+    return config
+
+
+def _override(config: DictConfig, arg: str) -> None:
+    if arg.startswith("-") or "=" not in arg:
+        raise UsageError(f"'{arg}' cannot go with resume=; only option=value can")
+    (override,) = parse([arg])
+    key = override.key_or_group
+    if override.is_sweep_override():
+        raise UsageError(f"'{arg}' sweeps, but resume= continues one run")
+    known = list(options(config))
+    if key not in known:
+        group = OmegaConf.select(config, key) if key in config else None
+        why = f"'{key}' cannot be chosen anew when resuming" if is_node(group) else f"no option '{key}'"
+        raise UsageError(f"{why}; nearest: {nearest(key, known)}")
+    try:
+        OmegaConf.update(config, key, override.value())
+    except OmegaConfBaseException as error:
+        raise UsageError(f"option '{key}': {one_line(error)}") from None

@@ -1,0 +1,55 @@
+"""`flowsteer train`: clone a policy from demonstrations, or go on with a run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from flowsteer.cli.application import Application, timestamp
+from flowsteer.cli.errors import UsageError
+from flowsteer.cli.refusals import Composed
+from flowsteer.cli.resume import resumed_config, resumed_run
+from flowsteer.cli.training import CONFIG, is_main_process, train_policy
+from flowsteer.configs.train import TrainConfig
+
+
+def run(config: DictConfig, folder: Path) -> float:
+    """Train in `folder`, which must not hold a run yet; returns the best evaluation's score.
+
+    Raises:
+        KeyboardInterrupt: a signal stopped it cleanly.
+    """
+    if (folder / CONFIG).exists() and is_main_process():
+        raise UsageError(f"{folder} already holds a run: continue it with resume={folder} or choose another out=")
+    return _train(config, folder)
+
+
+def _train(config: DictConfig, folder: Path) -> float:
+    outcome = train_policy(config, folder)
+    if not outcome.finished:
+        raise KeyboardInterrupt(f"stopped at step {outcome.step}; go on with: flowsteer train resume={folder}")
+    print(f"{folder}: {outcome.step} steps done; judge it with: flowsteer eval checkpoint={folder}")
+    return outcome.best_score
+
+
+def default_out(composed: Composed) -> Path:
+    """runs/TASK-POLICY-TIME."""
+    return Path("runs", f"{composed.chosen['task']}-{composed.chosen['policy']}-{timestamp()}")
+
+
+application = Application(
+    "train", "Clone a policy from demonstrations, or go on with a run.", TrainConfig, run, default_out, ("dataset",)
+)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code."""
+    args = list(sys.argv[1:] if args is None else args)
+    folder = resumed_run(args)
+    if folder is None:
+        return application(args)
+    _train(resumed_config(folder, args), folder)
+    return 0

@@ -1,0 +1,183 @@
+"""A cloning run, composed from the rooms: demonstrations, policy, loop, evaluation in simulation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from omegaconf import DictConfig, OmegaConf
+
+from flowsteer.cli.demonstrations import Demonstrations, load_demonstrations
+from flowsteer.cli.errors import UsageError
+from flowsteer.cli.files import write_atomically
+from flowsteer.cli.run_log import RunLog, Silent
+from flowsteer.datasets.batches import Batches, epoch_batches
+from flowsteer.datasets.key_statistics import statistics
+from flowsteer.datasets.replay_buffer import ACTION
+from flowsteer.datasets.splits import split_episodes
+from flowsteer.datasets.windows import Batch, Windows
+from flowsteer.policies.build import build
+from flowsteer.policies.cloning import Cloning, CloningConfig, Evaluate
+from flowsteer.policies.policy import Policy
+from flowsteer.policies.random_state import seed_everything
+from flowsteer.sim.evaluate import Evaluation, evaluate
+from flowsteer.sim.gym_env import GymVecEnv
+from flowsteer.sim.tasks.base import Task
+
+CONFIG = "config.yaml"
+RETURN_WEIGHT = 1e-6
+"""The best checkpoint has the highest success; the return only breaks ties."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: all its steps, or stopped by a signal at `step`; the best score of its evaluations."""
+
+    finished: bool
+    step: int
+    best_score: float
+
+
+def is_main_process() -> bool:
+    """Whether this is the first of the processes that `torchrun` or `accelerate launch` started, or the only one."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def train_policy(config: DictConfig, folder: Path) -> Outcome:
+    """Run or go on with the run in `folder`, which then holds checkpoints, metrics, plots and videos.
+
+    Args:
+        config: resolved, see `flowsteer.configs.train.TrainConfig`; what build() makes of a downloaded one is safe.
+        folder: made if it does not exist.
+
+    Raises:
+        DataError, PolicyError, SimError: bad input; nothing has been written then.
+    """
+    seed_everything(config.seed)
+    accelerator = Accelerator(cpu=config.device == "cpu")
+    task = None if config.task is None else build(config.task)
+    with ExitStack() as stack:
+        judge = _judge(config, task, accelerator, stack) if config.train.evaluate_every else None
+        cloning, validation = _cloning(config, load_demonstrations(config, task), folder, accelerator)
+        if (folder / "last").exists():
+            cloning.resume(folder)
+        log = _log(config, folder, cloning, stack)
+        finished = cloning.train(log, validation=validation, evaluate=judge)
+    return Outcome(finished, cloning.progress.step, cloning.progress.best_score)
+
+
+def _cloning(
+    config: DictConfig, demonstrations: Demonstrations, folder: Path, accelerator: Accelerator
+) -> tuple[Cloning, Validation | None]:
+    buffer, spec, options = demonstrations.buffer, demonstrations.spec, config.train
+    train, val = split_episodes(
+        buffer.num_episodes, config.data.val_fraction, config.seed, config.data.max_train_episodes
+    )
+    windows = _windows(demonstrations, train)
+    batches = Batches(
+        windows,
+        options.batch_size,
+        seed=config.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    policy = _policy(config, demonstrations, train)
+    cloning = Cloning(
+        policy,
+        loop_options(config),
+        batches,
+        options.batch_size,
+        seed=config.seed,
+        accelerator=accelerator,
+        folder=folder,
+        describe={**_plain(config), "spec": spec.to_dict()},
+    )
+    validation = Validation(_windows(demonstrations, val), options.batch_size) if val.any() else None
+    return cloning, validation
+
+
+def _windows(demonstrations: Demonstrations, episodes: Any) -> Windows:
+    spec = demonstrations.spec
+    return Windows(
+        demonstrations.buffer,
+        list(spec.observations),
+        observation_steps=spec.observation_steps,
+        prediction_steps=spec.prediction_steps,
+        execution_steps=spec.execution_steps,
+        episodes=episodes,
+    )
+
+
+def _policy(config: DictConfig, demonstrations: Demonstrations, episodes: Any) -> Policy:
+    """An untrained policy whose normaliser knows the training episodes."""
+    spec = demonstrations.spec
+    policy: Policy = build(config.policy, spec=spec)
+    keys = [key for key, array in spec.observations.items() if array.dtype != "uint8"]
+    policy.fit_normalizer(statistics(demonstrations.buffer, [*keys, ACTION], episodes))
+    return policy
+
+
+def loop_options(config: DictConfig) -> CloningConfig:
+    """The part of `config.train` that the loop takes."""
+    options: CloningConfig = build({key: value for key, value in config.train.items() if key != "batch_size"})
+    return options
+
+
+@dataclass(frozen=True)
+class Validation:
+    """All validation windows, in order, at each call."""
+
+    windows: Windows
+    batch_size: int
+
+    def __call__(self) -> Iterator[Batch]:
+        """Start over."""
+        return epoch_batches(self.windows, self.batch_size)
+
+
+def _judge(config: DictConfig, task: Task | None, accelerator: Accelerator, stack: ExitStack) -> Evaluate:
+    """Evaluation in simulation; the environments are made now, so that a missing package shows before training."""
+    options = config.eval
+    if task is None:
+        raise UsageError("there is nothing to evaluate in: choose a task or set train.evaluate_every=0")
+    num_envs = min(options.num_envs, options.episodes)
+    env = GymVecEnv(task, num_envs, config.horizon.observation_steps, device=accelerator.device)
+    stack.callback(env.close)
+
+    def judge(policy: Policy, step: int) -> tuple[dict[str, float], float]:
+        result = evaluate(policy, env, episodes=options.episodes, seed=options.seed, delay_steps=options.delay_steps)
+        return numbers(result), result.success.mean + RETURN_WEIGHT * result.reward_sum.mean
+
+    return judge
+
+
+def numbers(result: Evaluation) -> dict[str, float]:
+    """Means with their intervals, as they are logged."""
+    named = {"success": result.success, "max_reward": result.max_reward, "return": result.reward_sum}
+    return {
+        f"eval/{name}{suffix}": value
+        for name, interval in named.items()
+        for suffix, value in zip(("", "_low", "_high"), interval, strict=True)
+    }
+
+
+def _log(config: DictConfig, folder: Path, cloning: Cloning, stack: ExitStack) -> RunLog | Silent:
+    """On the main process, the run's log; the run's config is on disk from here on."""
+    if not is_main_process():
+        return Silent()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / CONFIG, lambda path: OmegaConf.save(config, path))
+    wandb = None
+    if config.log.wandb:
+        wandb = {"project": config.log.project, "name": config.log.name or folder.name, "config": _plain(config)}
+    return stack.enter_context(RunLog(folder, config.train.steps, start=cloning.progress.step, wandb=wandb))
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    return plain

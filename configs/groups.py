@@ -1,0 +1,74 @@
+"""The choices of the command line: group -> name -> config.
+
+Fields, types and defaults come from the constructors, so each has one source. A new network is its file and one line
+below; so is a new encoder, policy family or task.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra_zen import builds
+from omegaconf import MISSING
+
+from flowsteer.policies.denoising import DiffusionPolicy, FlowPolicy
+from flowsteer.policies.encoders.low_dim import LowDim
+from flowsteer.policies.gaussian import GaussianPolicy
+from flowsteer.policies.networks.residual_mlp import ResidualMLP
+from flowsteer.sim.tasks.pusht import PushT
+
+
+def _later(target: Any, **fixed: Any) -> Any:
+    """A config of everything in the constructor that has a default; the rest is given when it is built."""
+    return builds(target, populate_full_signature=True, zen_partial=True, **fixed)
+
+
+def _policy(target: Any, *defaults: Any, **fixed: Any) -> dict[str, Any]:
+    """A policy family without its spec, which comes from the data; `defaults` choose from other groups."""
+    config = builds(target, populate_full_signature=True, zen_exclude=("spec",), **fixed)
+    return {"defaults": ["_self_", *defaults], "policy": config}
+
+
+def _task(target: Any, *defaults: Any, horizon: tuple[int, int, int] = (2, 16, 8), **fixed: Any) -> dict[str, Any]:
+    """A task and what suits it: `horizon` is To, Tp, Ta; `defaults` choose from other groups."""
+    steps = dict(zip(("observation_steps", "prediction_steps", "execution_steps"), horizon, strict=True))
+    task = builds(target, populate_full_signature=True, **fixed)
+    return {"defaults": ["_self_", *defaults], "task": task, "horizon": steps}
+
+
+NETWORKS: dict[str, Any] = {
+    "mlp": _later(ResidualMLP),
+}
+
+ENCODERS: dict[str, Any] = {
+    "low_dim": _later(LowDim),
+}
+
+POLICIES: dict[str, Any] = {
+    "diffusion": _policy(DiffusionPolicy, network=MISSING, encoder=MISSING),
+    "flow": _policy(FlowPolicy, network=MISSING, encoder=MISSING),
+    "gaussian": _policy(GaussianPolicy, {"override /network": None}, encoder=MISSING),
+}
+
+TASKS: dict[str, Any] = {
+    "pusht": _task(PushT),
+    "pusht_keypoints": _task(PushT, observation="keypoints"),
+    "none": {"task": None, "train": {"evaluate_every": 0}},
+}
+
+GROUPS: dict[str, tuple[dict[str, Any], str]] = {
+    "network": (NETWORKS, "policy.network"),
+    "encoder": (ENCODERS, "policy.encoder"),
+    "policy": (POLICIES, "_global_"),
+    "task": (TASKS, "_global_"),
+}
+"""Group -> its choices and where in the config they go."""
+
+
+def register() -> None:
+    """Tell Hydra; safe to call twice."""
+    store = ConfigStore.instance()
+    for group, (choices, package) in GROUPS.items():
+        for name, config in choices.items():
+            store.store(group=group, name=name, node=config, package=package)
