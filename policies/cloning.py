@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, final
@@ -31,19 +31,21 @@ Batch = Mapping[str, Any]
 class Batches(Protocol):
     """An endless, resumable source of this process's part of each batch."""
 
-    def __iter__(self) -> Iterator[Batch]: ...
+    def __next__(self) -> Batch:
+        """The next batch."""
 
-    def __next__(self) -> Batch: ...
+    def state_dict(self) -> dict[str, Any]:
+        """The position, as plain JSON values."""
 
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to a position."""
 
 
 class Log(Protocol):
     """Where numbers go."""
 
-    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Record values by name at an optimiser step."""
 
 
 Evaluate = Callable[[Policy, int], tuple[dict[str, float], float]]
@@ -223,9 +225,9 @@ class Cloning:
     def state(self) -> checkpoint.TrainerState:
         """All that resuming needs beyond the two sets of weights."""
         random, tensors = pack_random()
-        names = {parameter: name for name, parameter in self.policy.named_parameters()}
-        for parameter, slots in self.optimizer.state.items():
-            tensors |= {f"optimizer.{slot}.{names[parameter]}": value for slot, value in slots.items()}
+        for name, parameter in self.policy.named_parameters():
+            slots = self.optimizer.state.get(parameter, {})
+            tensors |= {f"optimizer.{slot}.{name}": value for slot, value in slots.items()}
         tensors["noise"] = self.noise.get_state()
         progress = self.progress
         values = {

@@ -39,7 +39,8 @@ def uniform_times(u: Tensor) -> Tensor:
 
 def logit_normal_times(u: Tensor) -> Tensor:
     """Most weight on the middle of the path (Esser et al. 2024), mean 0 and scale 1."""
-    return torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)).sigmoid()
+    normal: Tensor = torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))
+    return normal.sigmoid()
 
 
 def noisy_times(u: Tensor) -> Tensor:
@@ -124,7 +125,7 @@ class DenoisingPolicy(Policy, ABC):
     @final
     def denoising_loss(self, a: Tensor, cond: Features, t: Tensor, eps: Tensor) -> Tensor:
         """Squared error of the network's prediction per sample [B], mean over the chunk; `a` normalised [B, Tp, Da]."""
-        out = self.network(self.path.noisy(a, eps, t), self.network.embed_time(t), cond)
+        out: Tensor = self.network(self.path.noisy(a, eps, t), self.network.embed_time(t), cond)
         return (out.float() - self.target(self.path, a, eps, t)).square().mean(dim=(1, 2))
 
     @final

@@ -27,7 +27,7 @@ class Ema(Generic[Module]):
 
     def decay(self) -> float:
         """d of the next update."""
-        return max(0.0, min(self.max_decay, 1 - (1 + self.updates) ** -self.power))
+        return max(0.0, min(self.max_decay, 1 - float((1 + self.updates) ** -self.power)))
 
     @torch.no_grad()
     def update(self, module: Module) -> None:

@@ -77,7 +77,9 @@ class Policy(nn.Module, ABC):
         Raises:
             PolicyError: a key is missing or has another shape than the spec's.
         """
-        return self.encoder({key: self._normalized(key, array, obs) for key, array in self.spec.observations.items()})
+        normalized = {key: self._normalized(key, array, obs) for key, array in self.spec.observations.items()}
+        features: Tensor = self.encoder(normalized)
+        return features
 
     @final
     def loss(self, batch: Mapping[str, Any], draws: Draws | None = None) -> Loss:

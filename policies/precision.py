@@ -1,4 +1,4 @@
-"""float32 or bfloat16, by measurement: a CPU with AMX multiplies bfloat16 about seven times faster, one without slower."""
+"""float32 or bfloat16, by measurement: with AMX a CPU multiplies bfloat16 about 7 times faster, without it slower."""
 
 from __future__ import annotations
 

@@ -13,14 +13,14 @@ from torch import Tensor
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch (all devices)."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries draw from the global generator
+    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def pack_random() -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The global generators: values for JSON, tensors for safetensors."""
     version, internal, gauss = random.getstate()
-    legacy = np.random.get_state(legacy=False)  # noqa: NPY002
+    legacy = np.random.get_state(legacy=False)
     assert isinstance(legacy, dict)
     values = {
         "python": [version, list(internal), gauss],
@@ -42,7 +42,7 @@ def unpack_random(values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     random.setstate((version, tuple(internal), gauss))
     key = tensors["random.numpy"].numpy()
     numpy = values["numpy"]
-    np.random.set_state(  # noqa: NPY002
+    np.random.set_state(
         {
             "bit_generator": "MT19937",
             "state": {"key": key, "pos": numpy["pos"]},

@@ -67,7 +67,7 @@ def test_a_run_folder_means_its_last_checkpoint(tmp_path: Path, make_policy: Mak
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match=r"holds no checkpoint yet: name a run folder, RUN/best or RUN/checkpoints"):
         resolve(tmp_path)
-    with pytest.raises(PolicyError, match="nowhere does not exist"):
+    with pytest.raises(PolicyError, match=r"nowhere does not exist"):
         resolve(tmp_path / "nowhere")
 
 
@@ -75,7 +75,7 @@ def test_nothing_there(tmp_path: Path) -> None:
 def test_truncated_weights(tmp_path: Path, keep: int, make_policy: Make, describe: Describe) -> None:
     file = save(tmp_path / "c", make_policy("flow"), describe("flow")) / "policy.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(PolicyError, match="policy.safetensors is damaged or not a safetensors file"):
+    with pytest.raises(PolicyError, match=r"policy.safetensors is damaged or not a safetensors file"):
         load_policy(tmp_path / "c")
 
 
@@ -118,7 +118,7 @@ def test_a_full_disk_leaves_nothing(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "_sync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"No space left"):
         save(tmp_path / "c", make_policy("flow"), describe("flow"))
     assert list(tmp_path.iterdir()) == []
 

@@ -178,23 +178,23 @@ def test_a_loss_that_is_not_finite(
             return {}
 
     run.batches = Source()  # type: ignore[assignment]
-    with pytest.raises(PolicyError, match="the loss is nan at step 6: lower train.lr"):
+    with pytest.raises(PolicyError, match=r"the loss is nan at step 6: lower train.lr"):
         run.train(Numbers())
     assert resolve(tmp_path).name == "00000004"
     assert all(torch.isfinite(p).all() for p in load_policy(tmp_path).parameters())
 
 
 def test_refusals(make_run: Callable[..., Cloning]) -> None:
-    with pytest.raises(PolicyError, match="train.steps, train.lr and train.log_every must be positive"):
+    with pytest.raises(PolicyError, match=r"train.steps, train.lr and train.log_every must be positive"):
         CloningConfig(steps=0)
-    with pytest.raises(PolicyError, match="train.precision 'bf16' is unknown; nearest: bfloat16"):
+    with pytest.raises(PolicyError, match=r"train.precision 'bf16' is unknown; nearest: bfloat16"):
         make_run("flow", config=CloningConfig(precision="bf16"))
 
 
 def test_an_unfitted_normaliser_cannot_be_trained(make_policy: Callable[..., Policy], make_batches: Any) -> None:
     policy = make_policy("flow")
     policy.normalizer.get_buffer("scale:state").fill_(math.nan)
-    with pytest.raises(PolicyError, match="scale:state is not finite"):
+    with pytest.raises(PolicyError, match=r"scale:state is not finite"):
         Cloning(policy, CONFIG, make_batches(4), 4)
 
 
