@@ -45,7 +45,9 @@ def open_hdf5(path: Path) -> h5py.File:
     try:
         return h5py.File(path, "r")
     except OSError as error:
-        raise DataError(f"{path}: the HDF5 file is truncated or damaged ({error}): copy or download it again") from error
+        raise DataError(
+            f"{path}: the HDF5 file is truncated or damaged ({error}): copy or download it again"
+        ) from error
 
 
 def open_source(path: Path) -> Source:
@@ -67,6 +69,7 @@ def open_source(path: Path) -> Source:
                 dataset.dtype,
                 lambda name=name: _read(path, demos, name),  # type: ignore[misc]
                 by_default=not name.startswith(NEXT_OBS),
+                note="only if named" if name.startswith(NEXT_OBS) else "",
             )
             for name, dataset in datasets[0].items()
         }
@@ -97,7 +100,8 @@ def _check_demo(
             raise DataError(f"{path}: '{name}/{key}' is {dataset.shape[1:]} wide, the first is {first[key].shape[1:]}")
         if len(dataset) != demo.attrs.get("num_samples", len(demo["actions"])):
             raise DataError(
-                f"{path}: '{name}/{key}' has {len(dataset)} frames and not num_samples: the file is incomplete, copy it again"
+                f"{path}: '{name}/{key}' has {len(dataset)} frames and not num_samples: "
+                f"the file is incomplete, copy it again"
             )
 
 

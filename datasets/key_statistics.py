@@ -52,26 +52,22 @@ def statistics(
 
 def _of_key(buffer: ReplayBuffer, key: str, mask: NDArray[np.bool_]) -> KeyStatistics:
     array = buffer.array(key)
-    low, high, mean, spread, count = _first_frame(array, buffer, mask)
+    shape = array.shape[-1:] if is_image(array) else array.shape[1:]
+    low, high = np.full(shape, np.inf), np.full(shape, -np.inf)
+    mean, squares, count = np.zeros(shape), np.zeros(shape), 0
     for start, block in _episode_blocks(buffer, array, mask):
         bad = non_finite_rows(block)
         if bad.size:
             raise non_finite_error(buffer.source, key, start + int(bad[0]), buffer.episode_ends)
         values = _as_samples(array, block)
         low, high = np.minimum(low, values.min(axis=0)), np.maximum(high, values.max(axis=0))
-        # Chan et al. 1979, eq. 2.1: exact merge of two sets' means and sums of squared deviations.
-        merged, shift = count + len(values), values.mean(axis=0) - mean
-        spread = spread + ((values - values.mean(axis=0)) ** 2).sum(axis=0) + shift**2 * (count * len(values) / merged)
-        mean, count = mean + shift * (len(values) / merged), merged
-    frames = int(buffer.episode_lengths[mask].sum())
-    return KeyStatistics(low, high, mean, np.sqrt(spread / count), frames)
-
-
-def _first_frame(array: Array, buffer: ReplayBuffer, mask: NDArray[np.bool_]) -> tuple[Vector, Vector, Vector, Vector, int]:
-    """Neutral elements: nothing counted yet."""
-    shape = array.shape[-1:] if is_image(array) else array.shape[1:]
-    nothing = np.zeros(shape, np.float64)
-    return nothing + np.inf, nothing - np.inf, nothing, nothing, 0
+        # Chan, Golub and LeVeque 1979: the exact merge of two sets' means and sums of squared deviations.
+        shift, share = values.mean(axis=0) - mean, len(values) / (count + len(values))
+        squares = squares + ((values - values.mean(axis=0)) ** 2).sum(axis=0) + shift**2 * count * share
+        mean, count = mean + shift * share, count + len(values)
+    constant = low == high
+    std = np.where(constant, 0.0, np.sqrt(squares / max(1, count)))
+    return KeyStatistics(low, high, np.where(constant, low, mean), std, int(buffer.episode_lengths[mask].sum()))
 
 
 def _episode_blocks(buffer: ReplayBuffer, array: Array, mask: NDArray[np.bool_]) -> Iterator[tuple[int, NDArray[Any]]]:

@@ -148,14 +148,16 @@ def _check_lengths(path: Path, ends: NDArray[np.int64], episodes: list[dict[str,
     if found != told:
         where = next((i for i, pair in enumerate(zip(found, told, strict=False)) if pair[0] != pair[1]), len(told))
         raise DataError(
-            f"{path}: its tables hold {len(found)} episodes and its meta files {len(told)}, differing from episode {where} "
-            f"on: download the data set again, or convert it again if it was cut"
+            f"{path}: its tables hold {len(found)} episodes and its meta files {len(told)}, differing from episode "
+            f"{where} on: download the data set again, or convert it again if it was cut"
         )
 
 
 def _since_episode_start(timestamps: NDArray[Any], ends: NDArray[np.int64]) -> NDArray[np.float64]:
     starts = np.concatenate([[0], ends[:-1]])
-    return timestamps.astype(np.float64) - np.repeat(timestamps[starts].astype(np.float64), np.diff(ends, prepend=0))
+    clock_s: NDArray[np.float64] = timestamps.astype(np.float64)
+    since_s: NDArray[np.float64] = clock_s - np.repeat(clock_s[starts], np.diff(ends, prepend=0))
+    return since_s
 
 
 def _check_clock(path: Path, timestamps: NDArray[np.float64], ends: NDArray[np.int64], fps: float) -> None:
@@ -188,8 +190,11 @@ def _video_columns(
         segments = _segments(path, key, episodes, np.split(timestamps, ends[:-1]))
         missing = [segment.file for segment in segments if not segment.file.is_file()]
         shape = tuple(feature["shape"]) if missing else video.frame_shape(segments[0].file)
-        blocks = partial(_absent, key, missing[0]) if missing else partial(video.read_frames, segments, float(info["fps"]))
-        columns[key] = Column(int(ends[-1]), shape, np.dtype(np.uint8), blocks, by_default=not missing)
+        blocks = (
+            partial(_absent, key, missing[0]) if missing else partial(video.read_frames, segments, float(info["fps"]))
+        )
+        note = f"{len(missing)} of {len(segments)} videos absent" if missing else ""
+        columns[key] = Column(int(ends[-1]), shape, np.dtype(np.uint8), blocks, by_default=not missing, note=note)
     return columns
 
 

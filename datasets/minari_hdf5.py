@@ -7,6 +7,7 @@ the last of each episode is left out.
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,7 +52,9 @@ def open_source(path: Path) -> Source:
     """
     file = _main_file(_local_folder(str(path)) if str(path).startswith(SCHEME) else path)
     if file is None:
-        raise DataError(f"{path}: no {MAIN_FILE} there: only Minari's HDF5 form is read, create it with that data_format")
+        raise DataError(
+            f"{path}: no {MAIN_FILE} there: only Minari's HDF5 form is read, create it with that data_format"
+        )
     with open_hdf5(file) as content:
         episodes = sorted((name for name in content if name.startswith("episode_")), key=lambda name: (len(name), name))
         if not episodes or "actions" not in content[episodes[0]]:
@@ -59,18 +62,22 @@ def open_source(path: Path) -> Source:
         lengths = [len(content[name]["rewards"]) for name in episodes]
         names = [name for name in _dataset_names(content[episodes[0]]) if name.split("/")[0] in NAMES]
         columns = {_key(name): _column(file, content, episodes, lengths, name) for name in names}
-    return Source(file, columns, np.cumsum(lengths), {"format": "Minari HDF5", **_meta(file.with_name("metadata.json"))})
+    return Source(
+        file, columns, np.cumsum(lengths), {"format": "Minari HDF5", **_meta(file.with_name("metadata.json"))}
+    )
 
 
 def _local_folder(name: str) -> Path:
     try:
-        import minari
+        minari = importlib.import_module("minari")
     except ImportError as error:
         raise DataError(f"{name}: needs the package minari: pip install 'flowsteer[minari]'") from error
     try:
         return Path(minari.load_dataset(name.removeprefix(SCHEME), download=True).storage.data_path)
     except Exception as error:
-        raise DataError(f"{name}: cannot be loaded or downloaded ({error}): check the name with `minari list`") from error
+        raise DataError(
+            f"{name}: cannot be loaded or downloaded ({error}): check the name with `minari list`"
+        ) from error
 
 
 def _dataset_names(episode: h5py.Group) -> list[str]:

@@ -58,9 +58,7 @@ def open_dataset(
     for key in wanted:
         if key not in source.columns:
             raise missing_key_error(str(path), key, source.columns)
-    check_episode_ends(
-        np.asarray(source.episode_ends), {key: source.columns[key].length for key in wanted}, str(path)
-    )
+    check_episode_ends(np.asarray(source.episode_ends), {key: source.columns[key].length for key in wanted}, str(path))
     if strict:
         source.check()
     data = {key: _load(source, key, in_memory=in_memory, image_size=image_size) for key in wanted}
@@ -79,7 +77,9 @@ def open_source(path: Path | str) -> Source:
         if reader.accepts(place):
             return reader.open(place)
     if not place.exists():
-        raise DataError(f"{path}: no such file or folder: check the path, or fetch a public set with `flowsteer data fetch`")
+        raise DataError(
+            f"{path}: no such file or folder: check the path, or fetch a public set with `flowsteer data fetch`"
+        )
     inner = [child for child in sorted(place.iterdir()) if _known(child)] if place.is_dir() else []
     if inner:
         raise DataError(f"{path}: this folder only holds the data set: give {inner[0]}")

@@ -112,7 +112,8 @@ def rows(array: Array, indices: NDArray[np.integer[Any]]) -> NDArray[Any]:
     if isinstance(array, np.ndarray):
         return np.take(array, indices, axis=0)
     wanted, places = np.unique(indices, return_inverse=True)
-    return np.take(np.asarray(array.oindex[wanted]), places, axis=0)
+    stored: NDArray[Any] = np.asarray(array.oindex[wanted])
+    return np.take(stored, places, axis=0)
 
 
 def blocks(array: Array, start: int = 0, end: int | None = None) -> Iterator[tuple[int, NDArray[Any]]]:

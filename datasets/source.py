@@ -19,7 +19,7 @@ class Column:
     length: number of frames it says it has.
     shape, dtype: of one frame, as stored.
     blocks: reads all frames in order, in pieces; each call starts anew.
-    by_default: loaded when no keys are named.
+    by_default: loaded when no keys are named; if not, `note` says why.
     in_place: a zarr array that may be read where it lies, because every frame is a chunk of its own.
     """
 
@@ -28,6 +28,7 @@ class Column:
     dtype: np.dtype[Any]
     blocks: Callable[[], Iterator[NDArray[Any]]]
     by_default: bool = True
+    note: str = ""
     in_place: zarr.Array[Any] | None = None
 
 

@@ -55,7 +55,7 @@ def episode_mask(episodes: NDArray[Any] | Sequence[int] | None, num_episodes: in
             raise DataError(f"the episode mask has shape {chosen.shape}, there are {num_episodes} episodes")
         return chosen
     mask = np.zeros(num_episodes, bool)
-    if chosen.size and not (0 <= chosen.min() and chosen.max() < num_episodes):
+    if chosen.size and not (chosen.min() >= 0 and chosen.max() < num_episodes):
         raise DataError(f"episode numbers must be 0 to {num_episodes - 1}, got {chosen.min()} to {chosen.max()}")
     mask[chosen.astype(np.int64)] = True
     return mask

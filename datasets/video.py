@@ -48,7 +48,7 @@ def read_frames(segments: Sequence[Segment], fps: float) -> Iterator[NDArray[np.
         wanted_s = np.concatenate([segment.times_s for segment in group])
         block: list[NDArray[np.uint8]] = []
         for frame in _matching(file, wanted_s, 0.5 / fps):
-            block.append(frame.to_ndarray(format="rgb24"))
+            block.append(np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8))
             if len(block) == BLOCK_FRAMES:
                 yield np.stack(block)
                 block = []

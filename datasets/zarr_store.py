@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from zarr.storage import ZipStore
 
 from flowsteer.datasets.errors import DataError
-from flowsteer.datasets.replay_buffer import Array, ReplayBuffer, blocks, is_image
+from flowsteer.datasets.replay_buffer import Array, ReplayBuffer, is_image
 from flowsteer.datasets.source import Column, Reader, Source
 from flowsteer.datasets.temporary import replaced_by
 
@@ -38,7 +38,7 @@ def open_source(path: Path) -> Source:
     """
     try:
         root = zarr.open_group(path if path.is_dir() else ZipStore(path, mode="r"), mode="r")
-        arrays = {name: array for name, array in root["data"].arrays()}  # type: ignore[union-attr]
+        arrays = dict(zarr.open_group(root.store_path / "data", mode="r").arrays())
         ends = np.asarray(root["meta/episode_ends"][:])  # type: ignore[index]
     except KeyError as error:
         raise DataError(
@@ -72,13 +72,14 @@ def _check_chunks(path: Path, arrays: dict[str, zarr.Array[Any]]) -> None:
         missing = array.nchunks - array.nchunks_initialized
         if missing > 0:
             raise DataError(
-                f"{path}: key '{name}': {missing} of its chunks are missing and would read as zeros: copy the store again "
-                f"(if its writer leaves out chunks of zeros, open it with strict=False)"
+                f"{path}: key '{name}': {missing} of its chunks are missing and would read as zeros: copy the "
+                f"store again (if its writer leaves out chunks of zeros, open it with strict=False)"
             )
 
 
 def _read_meta(root: zarr.Group) -> dict[str, Any]:
-    meta = dict(root.attrs.get("flowsteer", {}))  # type: ignore[call-overload]
+    told: Any = root.attrs.get("flowsteer", {})
+    meta = dict(told)
     if "meta/episodes" in root:
         meta["episodes"] = json.loads(bytes(np.asarray(root["meta/episodes"][:])))  # type: ignore[index]
     return meta
