@@ -161,6 +161,9 @@ class DenoisingPolicy(Policy, ABC):
 class DiffusionPolicy(DenoisingPolicy):
     """Diffusion Policy (Chi et al. 2023): variance-preserving path, DDIM or DDPM sampling.
 
+    The default prediction is v, not the paper's eps: with few steps the grid starts at t = 1, where alpha is nearly 0
+    and a_hat = (x - sigma eps_hat) / alpha is all error.
+
     Args:
         betas: "cosine" or "linear" noise schedule.
         train_steps: T, knots of the schedule.
@@ -174,7 +177,7 @@ class DiffusionPolicy(DenoisingPolicy):
         network: NetworkFactory,
         betas: str = "cosine",
         train_steps: int = 100,
-        prediction: str = "eps",
+        prediction: str = "v",
         times: str = "uniform",
         steps: int = 10,
         start: float = 1.0,

@@ -53,10 +53,10 @@ class ResidualMLP(Network):
         prediction_steps: int,
         observation_steps: int,
         feature_dim: int,
-        hidden: int = 512,
+        hidden: int = 256,
         blocks: int = 4,
         expansion: int = 2,
-        conditioning: int = 256,
+        conditioning: int = 64,
         dropout: float = 0.0,
     ) -> None:
         super().__init__(action_dim, prediction_steps, observation_steps, feature_dim)
