@@ -9,13 +9,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from flowsteer.datasets.errors import DataError
 from flowsteer.datasets.opening import open_dataset, open_source
 from flowsteer.datasets.replay_buffer import ACTION, Array, ReplayBuffer
+from flowsteer.policies.build import build
 from flowsteer.policies.spec import ArraySpec, PolicySpec
 from flowsteer.sim.tasks.base import DatasetKey, Task
+
+ENV_ARGS = "env_args"
+"""What robomimic stores of the environment, and the argument of the task made from it."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +30,36 @@ class Demonstrations:
     spec: PolicySpec
 
 
+def make_task(config: DictConfig) -> Task | None:
+    """The task of `config`, None for task=none; what it takes from the data set is written into `config.task`.
+
+    Raises:
+        DataError: the data set does not tell its environment.
+    """
+    if config.task is None:
+        return None
+    if OmegaConf.is_missing(config.task, ENV_ARGS):
+        _check_dataset(config)
+        meta = open_source(config.dataset).meta
+        if ENV_ARGS not in meta:
+            raise DataError(f"{config.dataset} does not hold {ENV_ARGS}: choose its task by name")
+        config.task[ENV_ARGS] = meta[ENV_ARGS]
+    task: Task = build(config.task)
+    return task
+
+
+def _check_dataset(config: DictConfig) -> None:
+    if config.dataset is None:
+        raise DataError("dataset= is missing: name a zarr store, an HDF5 file, a LeRobot folder or minari:ID")
+
+
 def load_demonstrations(config: DictConfig, task: Task | None) -> Demonstrations:
     """Read `config.dataset` as observations of `task`, or without a task as `config.data` says.
 
     Raises:
         DataError: naming the data set, the key and the remedy.
     """
-    if config.dataset is None:
-        raise DataError("dataset= is missing: name a zarr store, an HDF5 file, a LeRobot folder or minari:ID")
+    _check_dataset(config)
     keys = _columns(config, task)
     wanted = {column.key for column in keys.values()} | {ACTION}
     buffer = open_dataset(config.dataset, keys=sorted(wanted), in_memory=config.data.in_memory)

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from flowsteer.cli.files import write_atomically
+from flowsteer.sim.files import replacing
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -28,7 +27,6 @@ def plot_run(folder: Path, rows: Rows) -> None:
 def _draw(file: Path, rows: Rows, names: Mapping[str, str], label: str, *, logarithmic: bool) -> None:
     # No pyplot: its global state is neither needed nor safe beside other threads.
     figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="optimiser step", ylabel=label)
     values = [value for name, title in names.items() for value in _curve(axes, rows, name, title)]
     if not values:
@@ -37,7 +35,8 @@ def _draw(file: Path, rows: Rows, names: Mapping[str, str], label: str, *, logar
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
     axes.legend()
-    write_atomically(file, lambda path: figure.savefig(path, dpi=120))
+    with replacing(file) as temporary:
+        figure.savefig(temporary, dpi=120)
 
 
 def _curve(axes: Axes, rows: Rows, name: str, title: str) -> list[float]:

@@ -27,8 +27,8 @@ from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 
 from flowsteer.cli.errors import UsageError
-from flowsteer.cli.files import write_atomically
 from flowsteer.cli.plots import plot_run
+from flowsteer.sim.files import replacing
 
 METRICS = "metrics.jsonl"
 LINE_EVERY_S = 10.0
@@ -95,7 +95,8 @@ class Metrics:
 
     def __init__(self, file: Path, start: int) -> None:
         kept = [row for row in read_metrics(file) if row["step"] <= start]
-        write_atomically(file, lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in kept)))
+        with replacing(file) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._stream = file.open("a", buffering=1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -185,7 +186,7 @@ def format_numbers(values: Mapping[str, float]) -> str:
             continue
         low, high = values.get(f"{name}_low"), values.get(f"{name}_high")
         interval = "" if low is None or high is None else f" [{low:.3g}, {high:.3g}]"
-        texts.append(f"{name.partition('/')[2] or name} {value:.4g}{interval}")
+        texts.append(f"{name.removeprefix('train/').removeprefix('eval/')} {value:.4g}{interval}")
     return "  ".join(texts)
 
 

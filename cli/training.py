@@ -12,10 +12,10 @@ from typing import Any
 from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
 
-from flowsteer.cli.demonstrations import Demonstrations, load_demonstrations
+from flowsteer.cli.demonstrations import Demonstrations, load_demonstrations, make_task
 from flowsteer.cli.errors import UsageError
-from flowsteer.cli.files import write_atomically
 from flowsteer.cli.run_log import RunLog, Silent
+from flowsteer.cli.simulation import make_environments
 from flowsteer.datasets.batches import Batches, epoch_batches
 from flowsteer.datasets.key_statistics import statistics
 from flowsteer.datasets.replay_buffer import ACTION
@@ -26,7 +26,8 @@ from flowsteer.policies.cloning import Cloning, CloningConfig, Evaluate
 from flowsteer.policies.policy import Policy
 from flowsteer.policies.random_state import seed_everything
 from flowsteer.sim.evaluate import Evaluation, evaluate
-from flowsteer.sim.gym_env import GymVecEnv
+from flowsteer.sim.files import replacing
+from flowsteer.sim.results import write_evaluation
 from flowsteer.sim.tasks.base import Task
 
 CONFIG = "config.yaml"
@@ -60,9 +61,9 @@ def train_policy(config: DictConfig, folder: Path) -> Outcome:
     """
     seed_everything(config.seed)
     accelerator = Accelerator(cpu=config.device == "cpu")
-    task = None if config.task is None else build(config.task)
+    task = make_task(config)
     with ExitStack() as stack:
-        judge = _judge(config, task, accelerator, stack) if config.train.evaluate_every else None
+        judge = _judge(config, task, folder, accelerator, stack) if config.train.evaluate_every else None
         cloning, validation = _cloning(config, load_demonstrations(config, task), folder, accelerator)
         if (folder / "last").exists():
             cloning.resume(folder)
@@ -140,17 +141,17 @@ class Validation:
         return epoch_batches(self.windows, self.batch_size)
 
 
-def _judge(config: DictConfig, task: Task | None, accelerator: Accelerator, stack: ExitStack) -> Evaluate:
+def _judge(config: DictConfig, task: Task | None, folder: Path, accelerator: Accelerator, stack: ExitStack) -> Evaluate:
     """Evaluation in simulation; the environments are made now, so that a missing package shows before training."""
     options = config.eval
     if task is None:
         raise UsageError("there is nothing to evaluate in: choose a task or set train.evaluate_every=0")
-    num_envs = min(options.num_envs, options.episodes)
-    env = GymVecEnv(task, num_envs, config.horizon.observation_steps, device=accelerator.device)
+    env = make_environments(task, options, options.episodes, config.horizon.observation_steps, accelerator.device)
     stack.callback(env.close)
 
     def judge(policy: Policy, step: int) -> tuple[dict[str, float], float]:
         result = evaluate(policy, env, episodes=options.episodes, seed=options.seed, delay_steps=options.delay_steps)
+        write_evaluation(result, folder / "evaluations" / f"{step:08d}", task, options.videos)
         return numbers(result), result.success.mean + RETURN_WEIGHT * result.reward_sum.mean
 
     return judge
@@ -171,7 +172,8 @@ def _log(config: DictConfig, folder: Path, cloning: Cloning, stack: ExitStack) -
     if not is_main_process():
         return Silent()
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / CONFIG, lambda path: OmegaConf.save(config, path))
+    with replacing(folder / CONFIG) as temporary:
+        OmegaConf.save(config, temporary)
     wandb = None
     if config.log.wandb:
         wandb = {"project": config.log.project, "name": config.log.name or folder.name, "config": _plain(config)}

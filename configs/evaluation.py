@@ -10,12 +10,12 @@ class EvaluationOptions:
     """How episodes are run.
 
     Attributes:
-        num_envs: environments in a batch.
+        num_envs: environments in a batch; when not given, as many as suit the task.
         delay_steps: simulated inference delay in env steps.
         videos: episodes to film.
     """
 
-    num_envs: int = 50
+    num_envs: int | None = None
     delay_steps: int = 0
     videos: int = 3
 

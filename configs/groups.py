@@ -16,7 +16,10 @@ from flowsteer.policies.denoising import DiffusionPolicy, FlowPolicy
 from flowsteer.policies.encoders.low_dim import LowDim
 from flowsteer.policies.gaussian import GaussianPolicy
 from flowsteer.policies.networks.residual_mlp import ResidualMLP
+from flowsteer.sim.tasks.gymnasium_robotics import AdroitDoor, Kitchen
+from flowsteer.sim.tasks.locomotion import HalfCheetah, Hopper, Walker2d
 from flowsteer.sim.tasks.pusht import PushT
+from flowsteer.sim.tasks.robosuite import Can, Lift, Square, task_from_env_args
 
 
 def _later(target: Any, **fixed: Any) -> Any:
@@ -54,6 +57,17 @@ POLICIES: dict[str, Any] = {
 TASKS: dict[str, Any] = {
     "pusht": _task(PushT),
     "pusht_keypoints": _task(PushT, observation="keypoints"),
+    "lift": _task(Lift),
+    "can": _task(Can),
+    "square": _task(Square),
+    "kitchen": _task(Kitchen),
+    "adroit_door": _task(AdroitDoor),
+    "hopper": _task(Hopper),
+    "walker2d": _task(Walker2d),
+    "halfcheetah": _task(HalfCheetah),
+    # Where a robomimic data set says itself which environment it was recorded in.
+    "robomimic": _task(task_from_env_args),
+    # Demonstrations of a real robot: nothing to evaluate in.
     "none": {"task": None, "train": {"evaluate_every": 0}},
 }
 

@@ -1,0 +1,128 @@
+"""`flowsteer eval`: judge a checkpoint in simulation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from flowsteer.cli.application import Application
+from flowsteer.cli.errors import UsageError, unknown
+from flowsteer.cli.refusals import Composed
+from flowsteer.cli.simulation import make_environments
+from flowsteer.configs.evaluation import EvaluationConfig
+from flowsteer.configs.groups import TASKS
+from flowsteer.policies.build import build
+from flowsteer.policies.checkpoint import load_policy, read_config, resolve
+from flowsteer.sim.evaluate import Episode, Evaluation, evaluate
+from flowsteer.sim.results import summary, write_evaluation
+from flowsteer.sim.tasks.base import Task
+
+
+def run(config: DictConfig, folder: Path) -> float:
+    """Evaluate and write eval.json, plots and videos to `folder`; returns the share of successes."""
+    checkpoint = _checkpoint(config)
+    policy = load_policy(checkpoint, config.device, config.weights)
+    task = find_task(config.task, read_config(checkpoint))
+    environments = make_environments(task, config.eval, config.episodes, policy.spec.observation_steps, config.device)
+    with closing(environments), progress(config.episodes) as count:
+        result = evaluate(
+            policy,
+            environments,
+            episodes=config.episodes,
+            seed=config.seed,
+            delay_steps=config.eval.delay_steps,
+            progress=count,
+        )
+    write_evaluation(result, folder, task, config.eval.videos)
+    print_table(result, folder)
+    return result.success.mean
+
+
+def _checkpoint(config: DictConfig) -> Path:
+    if config.checkpoint is None:
+        raise UsageError("checkpoint= is missing: name a run folder, RUN/best or RUN/checkpoints/STEP")
+    if config.episodes < 1:
+        raise UsageError(f"episodes must be at least 1, got {config.episodes}")
+    return Path(config.checkpoint)
+
+
+def find_task(name: str | None, stored: dict[str, Any]) -> Task:
+    """The task `name`, or the one that a checkpoint's config was trained on.
+
+    Raises:
+        UsageError: there is no such task, or the checkpoint was trained without one.
+    """
+    if name is None:
+        config = stored.get("task")
+        if config is None:
+            raise UsageError("the checkpoint was trained without a task: say which with task=NAME")
+    else:
+        simulated = {key: choice["task"] for key, choice in TASKS.items() if key not in ("none", "robomimic")}
+        if name not in simulated:
+            raise unknown("task", name, simulated)
+        config = OmegaConf.to_container(OmegaConf.structured(simulated[name]))
+    task: Task = build(config)
+    return task
+
+
+@contextmanager
+def progress(episodes: int) -> Iterator[Callable[[Episode], None]]:
+    """A bar over episodes with the successes so far, on a terminal only."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    successes = 0
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("episodes", total=episodes)
+
+        def count(episode: Episode) -> None:
+            nonlocal successes
+            successes += episode.success
+            bar.update(task, advance=1, description=f"{successes} successes")
+
+        yield count
+
+
+def print_table(result: Evaluation, folder: Path) -> None:
+    """What eval.json says, for people."""
+    numbers = summary(result)
+    table = Table(title=f"{result.task}: {numbers['episodes']} episodes", title_justify="left")
+    for column in ("", "mean", "95 % interval"):
+        table.add_column(column)
+    for name in ("success", "max_reward", "return"):
+        interval = numbers[name]
+        table.add_row(name, _number(interval["mean"]), f"{_number(interval['low'])} to {_number(interval['high'])}")
+    decision = numbers["decision_ms"]
+    table.add_row("decision", f"{_number(decision['p50'])} ms", f"95 % below {_number(decision['p95'])} ms")
+    console = Console()
+    console.print(table)
+    if numbers["lost"]:
+        console.print(f"{numbers['lost']} episodes were lost with their worker and count for nothing")
+    console.print(f"written to {folder}", soft_wrap=True, highlight=False)
+
+
+def _number(value: float | None) -> str:
+    return "?" if value is None else f"{value:.4g}"
+
+
+def default_out(composed: Composed) -> Path:
+    """RUN/eval-EPISODESxSEED; of another checkpoint than the last, its name comes first."""
+    config = composed.config
+    checkpoint = _checkpoint(config).expanduser()
+    resolve(checkpoint)
+    name = f"{config.episodes}x{config.seed}"
+    if (checkpoint / "checkpoints").is_dir():
+        return checkpoint / f"eval-{name}"
+    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    return run / f"eval-{checkpoint.name}-{name}"
+
+
+main = Application(
+    "eval", "Judge a checkpoint in simulation.", EvaluationConfig, run, default_out, paths=("checkpoint",)
+)
