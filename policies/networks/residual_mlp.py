@@ -95,4 +95,4 @@ class ResidualMLP(Network):
         for block, modulation in zip(self.blocks, modulations, strict=True):
             h = block(h, modulation)
         out: Tensor = self.output(self.norm(h))
-        return out.unflatten(1, (self.prediction_steps, self.action_dim))
+        return out.reshape(x.shape)
