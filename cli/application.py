@@ -33,7 +33,7 @@ class Application:
     """A subcommand as Hydra sees it. Importable by name, so that launchers can pickle it for other machines.
 
     Attributes:
-        name: of the subcommand and of its config.
+        name: of the subcommand ("_" between its words) and of its config.
         summary: what it does, for `--help`.
         config: the typed top-level config; its field `out` is the folder to write to.
         run: does the work.
@@ -48,13 +48,18 @@ class Application:
     default_out: Callable[[Composed], Path]
     paths: tuple[str, ...] = ()
 
+    @property
+    def command(self) -> str:
+        """As the user types it."""
+        return "flowsteer " + self.name.replace("_", " ")
+
     def __call__(self, args: Sequence[str]) -> int:
         """Run a command line and return its exit code."""
         ConfigStore.instance().store(name=self.name, node=self.config)
-        flags = _parse(self.name, args)
+        flags = _parse(self.command, args)
         composed = compose_or_refuse(self.name, flags.overrides, sweep=flags.multirun)
         if flags.help:
-            print(help_text(self.name, self.summary, composed))
+            print(help_text(self.command, self.summary, composed))
             return 0
         if flags.cfg:
             print(OmegaConf.to_yaml(composed.config), end="")
@@ -125,8 +130,8 @@ class Job:
         return config
 
 
-def _parse(name: str, args: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(prog=f"flowsteer {name}", add_help=False, allow_abbrev=False)
+def _parse(command: str, args: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(prog=command, add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("-m", "--multirun", action="store_true")

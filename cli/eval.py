@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from flowsteer.cli.application import Application
-from flowsteer.cli.errors import UsageError, unknown
+from flowsteer.cli.errors import UsageError
 from flowsteer.cli.refusals import Composed
-from flowsteer.cli.simulation import make_environments
+from flowsteer.cli.simulation import episode_bar, find_task, make_environments
 from flowsteer.configs.evaluation import EvaluationConfig
-from flowsteer.configs.groups import TASKS
-from flowsteer.policies.build import build
 from flowsteer.policies.checkpoint import load_policy, read_config, resolve
-from flowsteer.sim.evaluate import Episode, Evaluation, evaluate
+from flowsteer.sim.evaluate import Evaluation, evaluate
 from flowsteer.sim.results import summary, write_evaluation
-from flowsteer.sim.tasks.base import Task
 
 
 def run(config: DictConfig, folder: Path) -> float:
@@ -31,14 +25,14 @@ def run(config: DictConfig, folder: Path) -> float:
     policy = load_policy(checkpoint, config.device, config.weights)
     task = find_task(config.task, read_config(checkpoint))
     environments = make_environments(task, config.eval, config.episodes, policy.spec.observation_steps, config.device)
-    with closing(environments), progress(config.episodes) as count:
+    with closing(environments), episode_bar(config.episodes) as advance:
         result = evaluate(
             policy,
             environments,
             episodes=config.episodes,
             seed=config.seed,
             delay_steps=config.eval.delay_steps,
-            progress=count,
+            progress=lambda episode: advance(None, f"seed {episode.seed} done"),
         )
     write_evaluation(result, folder, task, config.eval.videos)
     print_table(result, folder)
@@ -51,42 +45,6 @@ def _checkpoint(config: DictConfig) -> Path:
     if config.episodes < 1:
         raise UsageError(f"episodes must be at least 1, got {config.episodes}")
     return Path(config.checkpoint)
-
-
-def find_task(name: str | None, stored: dict[str, Any]) -> Task:
-    """The task `name`, or the one that a checkpoint's config was trained on.
-
-    Raises:
-        UsageError: there is no such task, or the checkpoint was trained without one.
-    """
-    if name is None:
-        config = stored.get("task")
-        if config is None:
-            raise UsageError("the checkpoint was trained without a task: say which with task=NAME")
-    else:
-        simulated = {key: choice["task"] for key, choice in TASKS.items() if key not in ("none", "robomimic")}
-        if name not in simulated:
-            raise unknown("task", name, simulated)
-        config = OmegaConf.to_container(OmegaConf.structured(simulated[name]))
-    task: Task = build(config)
-    return task
-
-
-@contextmanager
-def progress(episodes: int) -> Iterator[Callable[[Episode], None]]:
-    """A bar over episodes with the successes so far, on a terminal only."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    successes = 0
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("episodes", total=episodes)
-
-        def count(episode: Episode) -> None:
-            nonlocal successes
-            successes += episode.success
-            bar.update(task, advance=1, description=f"{successes} successes")
-
-        yield count
 
 
 def print_table(result: Evaluation, folder: Path) -> None:

@@ -14,9 +14,10 @@ from flowsteer.cli.refusals import Composed, groups, is_node
 from flowsteer.policies.build import locate
 
 
-def help_text(name: str, summary: str, composed: Composed) -> str:
+def help_text(command: str, summary: str, composed: Composed) -> str:
     """Everything that can be set, with the values that `composed` holds."""
-    lines = [f"flowsteer {name}: {summary}", "", f"usage: flowsteer {name} option=value ... [choice=name ...] [-m]", ""]
+    choices = "[choice=name ...] " if composed.chosen else ""
+    lines = [f"{command}: {summary}", "", f"usage: {command} option=value ... {choices}[-m]", ""]
     if composed.chosen:
         known = groups()
         rows = [(f"{g}={c}", " | ".join(known[g])) for g, c in composed.chosen.items() if c is not None]
@@ -55,10 +56,10 @@ def _meanings(config: DictConfig) -> dict[str, str]:
 
 
 def descriptions(target: Any) -> dict[str, str]:
-    """The entries of the "Args:" or "Attributes:" section of a docstring: name -> one line."""
-    section = re.search(r"(?:Args|Attributes):\n((?:[ ]{4,}.*\n?|\n)+)", inspect.cleandoc(target.__doc__ or ""))
-    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", section.group(1) if section else "", re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in entries}
+    """The entries "name: text" of a docstring, each on one line; entries may go on on deeper lines."""
+    entry = r"^( *)(\w+): (.+(?:\n\1 +.+)*)"
+    entries = re.findall(entry, inspect.cleandoc(target.__doc__ or ""), re.MULTILINE)
+    return {name: " ".join(text.split()) for _, name, text in entries}
 
 
 def _aligned(rows: list[tuple[str, str]]) -> list[str]:

@@ -133,7 +133,7 @@ def _explain(name: str, overrides: Sequence[str], error: Exception) -> str:
 
 def _explain_parse(name: str, overrides: Sequence[str], error: OverrideParseException) -> str:
     if "=" not in error.override:
-        return f"'{error.override}' is not of the form option=value; see flowsteer {name} --help"
+        return f"'{error.override}' is not of the form option=value; see flowsteer {name.replace('_', ' ')} --help"
     reason = str(error).splitlines()[1]
     return f"'{error.override}' is malformed ({reason}): quote special characters, as in \"option='a,b'\""
 

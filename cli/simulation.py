@@ -1,10 +1,20 @@
-"""Environments for an evaluation."""
+"""Tasks by name, environments for an evaluation, and a bar over episodes."""
 
 from __future__ import annotations
 
-import torch
-from omegaconf import DictConfig
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from flowsteer.cli.errors import UsageError, unknown
+from flowsteer.configs.evaluation import EvaluationOptions
+from flowsteer.configs.groups import SIMULATED
+from flowsteer.policies.build import build
 from flowsteer.sim.gym_env import GymVecEnv
 from flowsteer.sim.tasks.base import Task
 from flowsteer.sim.vec_env import VecEnv
@@ -13,8 +23,29 @@ CHEAP_ENVS, HEAVY_ENVS = 50, 10
 """Environments in a batch, where nothing else is asked for: a heavy one takes seconds and 100 MB to make."""
 
 
+def find_task(name: str | None, stored: Mapping[str, Any]) -> Task:
+    """The task `name`, or the one that a checkpoint's config was trained on.
+
+    Raises:
+        UsageError: there is no such task, or the checkpoint was trained without one.
+    """
+    config = stored.get("task")
+    if name is not None:
+        if name not in SIMULATED:
+            raise unknown("task", name, SIMULATED)
+        config = OmegaConf.to_container(OmegaConf.structured(SIMULATED[name]))
+    if config is None:
+        raise UsageError("the checkpoint was trained without a task: say which with task=NAME")
+    task: Task = build(config)
+    return task
+
+
 def make_environments(
-    task: Task, options: DictConfig, episodes: int, observation_steps: int, device: torch.device | str
+    task: Task,
+    options: EvaluationOptions | DictConfig,
+    episodes: int,
+    observation_steps: int,
+    device: torch.device | str,
 ) -> VecEnv:
     """A batch of environments of `task`, no more than there are episodes.
 
@@ -23,3 +54,17 @@ def make_environments(
     """
     num_envs = options.num_envs or (HEAVY_ENVS if task.heavy else CHEAP_ENVS)
     return GymVecEnv(task, min(num_envs, episodes), observation_steps, device=device)
+
+
+@contextmanager
+def episode_bar(episodes: int) -> Iterator[Callable[[int | None, str], None]]:
+    """Yield a function (episodes done, or None for one more; what to say beside the bar); on a terminal only."""
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=episodes)
+
+        def advance(done: int | None, text: str) -> None:
+            bar.update(task, description=text, completed=done, advance=None if done is not None else 1)
+
+        yield advance

@@ -71,6 +71,11 @@ TASKS: dict[str, Any] = {
     "none": {"task": None, "train": {"evaluate_every": 0}},
 }
 
+SIMULATED: dict[str, Any] = {
+    name: choice["task"] for name, choice in TASKS.items() if name not in ("robomimic", "none")
+}
+"""The tasks that need nothing but their name."""
+
 GROUPS: dict[str, tuple[dict[str, Any], str]] = {
     "network": (NETWORKS, "policy.network"),
     "encoder": (ENCODERS, "policy.encoder"),

@@ -1,0 +1,80 @@
+"""`flowsteer bench NAME`: measure, print a table and write NAME.json.
+
+A new benchmark is one module with a config, a function(config) -> {"rows": [{column: value}, ...], ...} and
+`main = benchmark(...)`, and one line in BENCHMARKS.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from flowsteer.cli.application import Application
+from flowsteer.cli.dispatch import Command, dispatch
+from flowsteer.cli.files import write_json
+from flowsteer.sim.results import versions
+
+BENCHMARKS: dict[str, Command] = {
+    "loader": Command("flowsteer.cli.bench_loader:main", "training batches per second, beside a per-sample loader"),
+}
+
+
+def main(args: Sequence[str]) -> int:
+    """Run a command line and return its exit code."""
+    return dispatch("flowsteer bench", "Measure how fast things are.", BENCHMARKS, args)
+
+
+Measure = Callable[[DictConfig], Mapping[str, Any]]
+
+
+class _Benchmark:
+    """What a benchmark does with its folder; a class, so that launchers can pickle it."""
+
+    def __init__(self, name: str, measure: Measure) -> None:
+        self.name, self.measure = name, measure
+
+    def __call__(self, config: DictConfig, folder: Path) -> None:
+        result = self.measure(config)
+        write_json(folder / f"{self.name}.json", {**result, "machine": machine(), "versions": versions()})
+        print_rows(self.name, result["rows"])
+        print(f"written to {folder / self.name}.json")
+
+
+def benchmark(name: str, summary: str, config: type, measure: Measure) -> Application:
+    """The subcommand `flowsteer bench NAME`; `config` is a dataclass with an `out: str | None = None`."""
+    return Application(f"bench_{name}", summary, config, _Benchmark(name, measure), lambda composed: Path("runs/bench"))
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on besides versions."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows with the same columns as a table."""
+    table = Table(title=title, title_justify="left")
+    for column in rows[0]:
+        table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
+    for row in rows:
+        table.add_row(*(f"{value:,.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(table)

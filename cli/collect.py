@@ -1,0 +1,111 @@
+"""`flowsteer data collect`: demonstrations from a scripted expert or a checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from flowsteer.cli.application import Application
+from flowsteer.cli.errors import UsageError, unknown
+from flowsteer.cli.refusals import Composed
+from flowsteer.cli.simulation import episode_bar, find_task, make_environments
+from flowsteer.configs.collect import CollectConfig
+from flowsteer.configs.evaluation import EvaluationOptions
+from flowsteer.datasets.demo_hdf5 import write_robomimic
+from flowsteer.datasets.replay_buffer import ReplayBuffer
+from flowsteer.datasets.zarr_store import write_zarr
+from flowsteer.policies.build import build
+from flowsteer.policies.checkpoint import load_policy, read_config
+from flowsteer.sim.collect import CollectedEpisodes, collect, record
+from flowsteer.sim.evaluate import evaluate
+from flowsteer.sim.experts import EXPERTS
+from flowsteer.sim.tasks.base import Task
+
+WRITERS: dict[str, Callable[[ReplayBuffer, Path], Path]] = {"zarr": write_zarr, "hdf5": write_robomimic}
+
+
+def run(config: DictConfig, folder: Path) -> None:
+    """Collect, and say where the data set is."""
+    print(f"{collect_demonstrations(config, folder)}: {config.episodes} episodes")
+
+
+def collect_demonstrations(config: DictConfig, folder: Path) -> Path:
+    """Write `folder`/TASK.FORMAT; returns its path.
+
+    Raises:
+        UsageError, SimError, DataError: bad options, a missing simulator, or the file exists already.
+    """
+    if config.format not in WRITERS:
+        raise unknown("format", config.format, WRITERS)
+    stored = {} if config.checkpoint is None else read_config(Path(config.checkpoint))
+    task = find_task(config.task, stored)
+    target = folder / f"{task.spec.name}.{config.format}"
+    if target.exists():
+        raise UsageError(f"{target} already exists: choose another out=")
+    roll = _roll_expert if config.checkpoint is None else _roll_checkpoint
+    collected = roll(config, task)
+    return WRITERS[config.format](ReplayBuffer(collected.data, collected.episode_ends, collected.meta), target)
+
+
+def _workers(config: DictConfig, task: Task) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return config.workers or (cores if task.heavy else 1)
+
+
+def _roll_expert(config: DictConfig, task: Task) -> CollectedEpisodes:
+    if task.spec.name not in EXPERTS:
+        raise UsageError(f"task '{task.spec.name}' has no scripted expert; tasks that have: {', '.join(EXPERTS)}")
+    with episode_bar(config.episodes) as advance:
+        return collect(
+            task,
+            EXPERTS[task.spec.name],
+            episodes=config.episodes,
+            seed=config.seed,
+            num_workers=_workers(config, task),
+            noise=build(config.noise),
+            record_clean=config.record_clean,
+            only_successful=config.only_successful,
+            progress=lambda kept, tried: advance(kept, f"{tried} tried"),
+        )
+
+
+def _roll_checkpoint(config: DictConfig, task: Task) -> CollectedEpisodes:
+    """Judge as many episodes as are asked for, then play those to keep again, recording every step."""
+    policy = load_policy(Path(config.checkpoint), config.device)
+    steps = policy.spec.observation_steps
+    environments = make_environments(task, EvaluationOptions(), config.episodes, steps, config.device)
+    with closing(environments), episode_bar(config.episodes) as advance:
+        result = evaluate(
+            policy,
+            environments,
+            episodes=config.episodes,
+            seed=config.seed,
+            progress=lambda episode: advance(None, "judging"),
+        )
+    kept = {e.seed: e.actions for e in result.kept if e.success or not config.only_successful}
+    if not kept:
+        raise UsageError(f"none of {config.episodes} episodes succeeded: only_successful=false keeps them all the same")
+    return record(task, kept, num_workers=_workers(config, task))
+
+
+def default_out(composed: Composed) -> Path:
+    """data/TASK-EPISODES."""
+    config = composed.config
+    if config.task is None and config.checkpoint is None:
+        raise UsageError(f"task= is missing; tasks that have a scripted expert: {', '.join(EXPERTS)}")
+    name = config.task or Path(config.checkpoint).name
+    return Path("data", f"{name}-{config.episodes}")
+
+
+main = Application(
+    "data_collect",
+    "Collect demonstrations from a scripted expert or a checkpoint.",
+    CollectConfig,
+    run,
+    default_out,
+    paths=("checkpoint",),
+)
