@@ -125,12 +125,14 @@ def evaluate(
 
     Raises:
         PolicyError: the policy is for another task.
-        SimError: the chunk is too short for the delay.
+        SimError: the chunk is too short for the delay, or there is nothing to do.
     """
     spec = policy.spec
     spec.check(env.spec.observations, env.spec.action_dim, env.spec.control_hz, f"task '{env.spec.name}'")
     if env.observation_steps != spec.observation_steps:
         raise SimError(f"the policy observes {spec.observation_steps} steps, the environments {env.observation_steps}")
+    if episodes < 1:
+        raise SimError(f"episodes must be at least 1, got {episodes}")
     run = _Run(policy, env, _Plan(spec, env.num_envs, delay_steps), progress)
     started = time.perf_counter()
     obs = env.reset(range(seed, seed + episodes))

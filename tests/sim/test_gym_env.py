@@ -1,0 +1,207 @@
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from counting import EXIT, HANG, RAISE, Counting
+
+from flowsteer.sim.errors import SimError
+from flowsteer.sim.gym_env import GymVecEnv
+from flowsteer.sim.vec_env import IDLE
+
+
+def chunk(*rows):
+    """Actions [B, Ta, 1] from B lists."""
+    return torch.tensor(rows, dtype=torch.float32)[..., None]
+
+
+def counts(obs):
+    """The (seed, step) pairs [B, To] of an observation."""
+    return [[(int(seed), int(t)) for seed, t, _ in window] for window in obs["count"]]
+
+
+def test_observations_start_with_the_first_one_repeated_and_then_hold_the_last_steps():
+    env = GymVecEnv(Counting(), 1, 3)
+    assert counts(env.reset([7])) == [[(7, 0)] * 3]
+    assert counts(env.step_chunk(chunk([1, 2])).obs) == [[(7, 0), (7, 1), (7, 2)]]
+    result = env.step_chunk(chunk([3, 4, 5, 6]))
+    assert counts(result.obs) == [[(7, 4), (7, 5), (7, 6)]]
+    assert result.obs["count"][0, :, 2].tolist() == [4, 5, 6]
+    assert result.obs["picture"].dtype == torch.uint8
+    assert result.obs["picture"].shape == (1, 3, 2, 2, 3)
+
+
+def test_a_chunk_stops_at_the_episodes_end():
+    env = GymVecEnv(Counting(lengths={0: 2}, limit=3), 2, 1)
+    env.reset(range(4))
+    result = env.step_chunk(chunk([5, 600, 90, 90], [-4, -3, -9, 90]))
+    assert result.reward_sum.tolist() == [605, -16]
+    assert result.info["reward_max"].tolist() == [600, -3]
+    assert result.info["env_steps"].tolist() == [2, 3]
+    assert result.info["success"].tolist() == [True, False]
+    assert result.terminated.tolist() == [True, False]
+    assert result.truncated.tolist() == [False, True]
+    assert result.ended.all()
+    assert counts(result.final_obs) == [[(0, 2)], [(1, 3)]]
+    assert counts(result.obs) == [[(2, 0)], [(3, 0)]]
+    assert result.info["seed"].tolist() == [0, 1]
+    assert env.seeds == (2, 3)
+
+
+def test_an_end_by_rule_at_the_last_permitted_step_is_terminated_only():
+    env = GymVecEnv(Counting(lengths={0: 3}, limit=3), 1, 1)
+    env.reset([0])
+    result = env.step_chunk(chunk([1, 1, 1]))
+    assert (result.terminated.tolist(), result.truncated.tolist()) == ([True], [False])
+
+
+def test_the_time_limit_counts_steps_of_all_chunks():
+    env = GymVecEnv(Counting(limit=5), 1, 2)
+    env.reset([0])
+    assert not env.step_chunk(chunk([1, 1])).ended.any()
+    assert not env.step_chunk(chunk([1, 1])).ended.any()
+    result = env.step_chunk(chunk([1, 1]))
+    assert result.truncated.all()
+    assert result.info["env_steps"].tolist() == [1]
+    assert counts(result.final_obs) == [[(0, 4), (0, 5)]]
+
+
+def test_environments_stay_idle_when_the_seeds_run_out():
+    env = GymVecEnv(Counting(lengths={0: 1, 1: 4, 2: 1}), 3, 1)
+    env.reset(range(2))
+    assert env.seeds == (0, 1, IDLE)
+    result = env.step_chunk(chunk([1, 1], [1, 1], [1, 1]))
+    assert result.info["active"].tolist() == [True, True, False]
+    assert result.info["env_steps"].tolist() == [1, 2, 0]
+    assert env.seeds == (IDLE, 1, IDLE)
+    result = env.step_chunk(chunk([float("nan")] * 2, [1, 1], [float("nan")] * 2))
+    assert result.reward_sum.tolist() == [0, 2, 0]
+    assert result.terminated.tolist() == [False, True, False]
+    assert env.seeds == (IDLE,) * 3
+
+
+def test_a_second_reset_starts_over():
+    env = GymVecEnv(Counting(), 2, 1)
+    env.reset(itertools.count())
+    env.step_chunk(chunk([1], [1]))
+    assert counts(env.reset([8, 9])) == [[(8, 0)], [(9, 0)]]
+
+
+def test_actions_are_clipped_to_the_limits():
+    env = GymVecEnv(Counting(), 1, 1)
+    env.reset([0])
+    assert env.step_chunk(chunk([5000, -5000])).obs["count"][0, 0, 2] == -1000
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_actions_that_are_not_finite_are_refused_before_anything_moves(bad):
+    env = GymVecEnv(Counting(), 2, 1)
+    env.reset([5, 6])
+    with pytest.raises(SimError, match=r"counting: the actions of environment 1 \(seed 6\) are not finite"):
+        env.step_chunk(chunk([1, 1], [1, bad]))
+    assert env.step_chunk(chunk([1, 1], [1, 1])).obs["count"][:, 0, 1].tolist() == [2, 2]
+
+
+def test_actions_of_the_wrong_shape_are_refused():
+    env = GymVecEnv(Counting(), 2, 1)
+    env.reset([5, 6])
+    for shape in ([2, 1], [3, 4, 1], [2, 4, 2], [2, 0, 1]):
+        with pytest.raises(SimError, match=r"actions must be \[2, Ta, 1\], got "):
+            env.step_chunk(torch.zeros(shape))
+
+
+def test_sizes_must_be_positive():
+    with pytest.raises(SimError, match="num_envs and observation_steps must be at least 1, got 0 and 2"):
+        GymVecEnv(Counting(), 0, 2)
+
+
+def roll(workers):
+    generator = torch.Generator().manual_seed(0)
+    seen = []
+    with GymVecEnv(Counting(lengths={s: 1 + 3 * s % 11 for s in range(20)}, limit=8), 5, 2, workers=workers) as env:
+        seen.append(env.reset(range(17)))
+        while any(seed != IDLE for seed in env.seeds):
+            result = env.step_chunk(torch.rand(5, 3, 1, generator=generator))
+            seen += [result.obs, result.final_obs, result.info]
+            seen.append({"sum": result.reward_sum, "end": result.terminated, "limit": result.truncated})
+            seen.append({"seeds": torch.tensor(env.seeds)})
+    return seen
+
+
+def test_workers_give_exactly_what_one_process_gives():
+    alone, shared = roll(workers=0), roll(workers=2)
+    assert len(alone) == len(shared)
+    for one, other in zip(alone, shared, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_dead_worker_costs_its_episodes_and_nothing_else():
+    with GymVecEnv(Counting(limit=4), 3, 1, workers=2) as env:
+        env.reset(range(6))
+        with pytest.warns(
+            RuntimeWarning, match=r"the worker of environments \[0, 2\] died \(process \d+, exit code 3\)"
+        ):
+            result = env.step_chunk(chunk([EXIT], [2], [1]))
+        assert result.info["lost"].tolist() == [True, False, True]
+        assert result.ended.tolist() == [True, False, True]
+        assert not (result.terminated | result.truncated).any()
+        assert result.reward_sum.tolist() == [0, 2, 0]
+        assert result.info["seed"].tolist() == [0, 1, 2]
+        assert env.seeds == (3, 1, 4)
+        assert counts(result.obs) == [[(3, 0)], [(1, 1)], [(4, 0)]]
+        result = env.step_chunk(chunk([1], [1], [1]))
+        assert counts(result.obs) == [[(3, 1)], [(1, 2)], [(4, 1)]]
+        assert not result.info["lost"].any()
+
+
+def test_a_worker_killed_between_chunks_and_one_that_hangs_are_replaced():
+    with GymVecEnv(Counting(), 2, 1, workers=2, timeout_s=1.0) as env:
+        env.reset(itertools.count())
+        os.kill(env._pool._workers[1].process.pid, signal.SIGKILL)
+        with pytest.warns(RuntimeWarning, match=r"environments \[1\] died .* exit code -9"):
+            assert env.step_chunk(chunk([1], [1])).info["lost"].tolist() == [False, True]
+        started = time.monotonic()
+        with pytest.warns(RuntimeWarning, match=r"environments \[0\] did not answer within 1 s"):
+            assert env.step_chunk(chunk([HANG], [1])).info["lost"].tolist() == [True, False]
+        assert time.monotonic() - started < 60
+        assert env.seeds == (3, 2)
+        assert not env.step_chunk(chunk([1], [1])).info["lost"].any()
+
+
+def test_a_death_in_reset_is_told_by_the_next_chunk():
+    with GymVecEnv(Counting(deadly_seeds=[1]), 2, 1, workers=2) as env:
+        with pytest.warns(RuntimeWarning, match=r"environments \[1\] died"):
+            env.reset(range(3))
+        result = env.step_chunk(chunk([1], [1]))
+        assert result.info["lost"].tolist() == [False, True]
+        assert env.seeds == (0, 2)
+        assert not env.step_chunk(chunk([1], [1])).info["lost"].any()
+
+
+@pytest.mark.filterwarnings("ignore:.*new worker takes over:RuntimeWarning")
+def test_a_worker_that_keeps_dying_stops_the_run():
+    with GymVecEnv(Counting(deadly_seeds=range(99)), 1, 1, workers=1) as env:
+        env.reset(range(99))
+        assert env.step_chunk(chunk([1])).info["lost"].all()
+        with pytest.raises(SimError, match="3 times in a row: the simulator cannot run here"):
+            env.step_chunk(chunk([1]))
+
+
+def test_an_error_inside_a_worker_is_told_in_one_line():
+    with GymVecEnv(Counting(), 1, 1, workers=1) as env:
+        env.reset(range(3))
+        with pytest.raises(
+            SimError, match="counting: an environment failed in its worker: ValueError: the arm came off"
+        ):
+            env.step_chunk(chunk([RAISE]))
+        env.close()
+
+
+def test_workers_do_not_import_torch():
+    code = "import sys, flowsteer.sim.worker_process, flowsteer.sim.tasks.pusht; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,90 @@
+import math
+
+import numpy as np
+import pytest
+
+from flowsteer.sim.tasks.pusht import BLOCK_KEYPOINTS, PushT
+
+zarr = pytest.importorskip("zarr")
+reference = pytest.importorskip("gym_pusht.envs.pusht")
+
+
+@pytest.fixture(scope="module")
+def demonstrations(shared_data):
+    group = zarr.open_group(shared_data / "pusht_human" / "pusht_cchi_v7_replay.zarr", mode="r")
+    ends = group["meta/episode_ends"][:]
+    return group["data"], list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def test_the_same_numbers_as_gym_pusht():
+    ours, theirs, rng = PushT().make(), reference.PushTEnv(), np.random.default_rng(0)
+    for seed in range(3):
+        expected, _ = theirs.reset(seed=seed)
+        np.testing.assert_array_equal(ours.reset(seed)["state"], expected.astype(np.float32))
+        for _ in range(150):
+            # Aimed at the block, so that it is pushed about.
+            action = (np.array(theirs.block.position) + rng.normal(0, 60, 2)).astype(np.float32)
+            expected, reward, terminated, _, info = theirs.step(action)
+            step = ours.step(action)
+            np.testing.assert_array_equal(step.observation["state"], expected.astype(np.float32))
+            assert step.reward == pytest.approx(reward, abs=1e-12)
+            assert (step.terminated, step.success) == (terminated, info["is_success"])
+
+
+def test_on_the_goal_the_episode_ends_with_success():
+    env = PushT().make()
+    env.set_state(np.array([50.0, 50.0, 256.0, 256.0, math.pi / 4]))
+    assert env.coverage() == pytest.approx(1.0)
+    step = env.step(np.array([50.0, 50.0]))
+    assert (step.reward, step.terminated, step.success) == (1.0, True, True)
+
+
+def test_coverage_by_hand():
+    # Moved by 30 along the bar's direction, the stem (30 wide) leaves its place and the bar (120 long) keeps 90:
+    # of the area 120 * 30 + 30 * 90 = 6300 only 90 * 30 = 2700 stays covered.
+    env = PushT().make()
+    shift = 30 / math.sqrt(2)
+    env.set_state(np.array([50.0, 50.0, 256.0 + shift, 256.0 + shift, math.pi / 4]))
+    assert env.coverage() == pytest.approx(2700 / 6300, abs=1e-6)
+    assert env.step(np.array([50.0, 50.0])).reward == pytest.approx(2700 / 6300 / 0.95, abs=1e-6)
+
+
+def test_keypoints_turn_and_move_with_the_block():
+    env = PushT("keypoints").make()
+    observation = env.set_state(np.array([50.0, 60.0, 200.0, 300.0, math.pi / 2]))
+    # A quarter turn takes (x, y) to (-y, x).
+    expected = np.stack([200 - BLOCK_KEYPOINTS[:, 1], 300 + BLOCK_KEYPOINTS[:, 0]], axis=-1)
+    np.testing.assert_allclose(observation["keypoint"], expected, atol=1e-4)
+    np.testing.assert_allclose(observation["agent_position"], [50, 60])
+
+
+def test_recorded_states_give_the_recorded_observations(demonstrations):
+    data, episodes = demonstrations
+    keypoints, image = PushT("keypoints").make(), PushT("image").make()
+    for _, end in episodes[::20]:
+        frame = end - 20
+        observation = keypoints.set_state(data["state"][frame])
+        np.testing.assert_allclose(observation["keypoint"], data["keypoint"][frame], atol=0.06)
+        np.testing.assert_allclose(observation["agent_position"], data["state"][frame][:2], atol=1e-4)
+        difference = np.abs(image.set_state(data["state"][frame])["image"] - data["img"][frame])
+        assert (difference > 8).mean() < 0.005, "more than the finger's outline differs"
+
+
+def test_recorded_actions_replay_to_the_recorded_states(demonstrations):
+    data, episodes = demonstrations
+    env = PushT().make()
+    for begin, end in episodes[::25]:
+        states, actions = data["state"][begin:end], data["action"][begin:end]
+        env.set_state(states[0])
+        replayed = np.stack([env.step(action).observation["state"] for action in actions[:-1]])
+        np.testing.assert_allclose(replayed, states[1:], atol=0.2)
+
+
+def test_dataset_keys_lead_to_the_recorded_arrays(demonstrations):
+    data, _ = demonstrations
+    for choice in ("state", "keypoints", "image"):
+        task = PushT(choice)
+        for name, array in task.spec.observations.items():
+            source = task.dataset_keys.get(name)
+            recorded = data[name][:1] if source is None else data[source.key][:1][..., source.columns]
+            assert recorded.shape[1:] == array.shape
