@@ -13,9 +13,6 @@ from torch import Tensor, nn
 
 from flowsteer.policies.errors import PolicyError
 
-LUMA = (0.299, 0.587, 0.114)
-"""Weights of red, green and blue in the perceived brightness (ITU-R BT.601)."""
-
 
 def crop(images: Tensor, top: Tensor, left: Tensor, height: int, width: int) -> Tensor:
     """Cut one window per sample, the same in all frames.
@@ -54,14 +51,15 @@ def jitter(images: Tensor, brightness: Tensor, contrast: Tensor, saturation: Ten
     grey = _grey(images)
     mean_grey = grey.mean(dim=(1, 2, 3, 4), keepdim=True)
     offset = torch.addcmul(b * (1 - c) * mean_grey, grey, b * c * (1 - s))
-    return torch.addcmul(offset, images, b * c * s).clamp(0, 1)
+    return torch.addcmul(offset, images, b * c * s).clamp_(0, 1)
 
 
 def _grey(images: Tensor) -> Tensor:
-    """[B, To, C, H, W] -> [B, To, 1, H, W]."""
-    if images.shape[2] != len(LUMA):
+    """[B, To, C, H, W] -> [B, To, 1, H, W]; the luma of ITU-R BT.601 where there are three channels."""
+    if images.shape[2] != 3:
         return images.mean(dim=2, keepdim=True)
-    return (images * images.new_tensor(LUMA).view(3, 1, 1)).sum(dim=2, keepdim=True)
+    red, green, blue = images.unbind(2)
+    return (0.299 * red + 0.587 * green + 0.114 * blue).unsqueeze(2)
 
 
 @final
@@ -96,10 +94,10 @@ class Augment(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, To, H, W, C] uint8 -> [B, To, C, h, w] in [-1, 1]."""
-        window = self._window(images).contiguous().float() / 255
+        window = self._window(images).contiguous().float().div_(255)
         if self.training and any(self.spreads.values()):
             window = jitter(window, **{name: _factors(window, spread) for name, spread in self.spreads.items()})
-        return 2 * window - 1
+        return window.mul_(2).sub_(1)
 
     def _window(self, images: Tensor) -> Tensor:
         height, width = self.size(*images.shape[2:4])

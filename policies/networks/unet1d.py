@@ -113,6 +113,8 @@ class ConditionalUnet1d(Network):
         self.grow = nn.ModuleList(nn.ConvTranspose1d(width, width, 4, stride=2, padding=1) for width, _ in back)
         self.output = nn.Sequential(convolve(widths[0], widths[0], kernel), nn.Conv1d(widths[0], action_dim, 1))
 
+        for parameter in self.output[-1].parameters():
+            nn.init.zeros_(parameter)
         # modules() follows the order of definition above, which is the order of use in `forward`.
         self.film_widths = [block.film_width for block in self.modules() if isinstance(block, FilmBlock)]
         self.time = TimeEmbedding(time_width, nn.Mish)
