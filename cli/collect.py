@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 from omegaconf import DictConfig
 
 from flowsteer.cli.application import Application
@@ -48,7 +49,7 @@ def collect_demonstrations(config: DictConfig, folder: Path) -> Path:
         raise UsageError(f"{target} already exists: choose another out=")
     roll = _roll_expert if config.checkpoint is None else _roll_checkpoint
     collected = roll(config, task)
-    return WRITERS[config.format](ReplayBuffer(collected.data, collected.episode_ends, collected.meta), target)
+    return WRITERS[config.format](ReplayBuffer(dict(collected.data), collected.episode_ends, collected.meta), target)
 
 
 def _workers(config: DictConfig, task: Task) -> int:
@@ -86,7 +87,7 @@ def _roll_checkpoint(config: DictConfig, task: Task) -> CollectedEpisodes:
             seed=config.seed,
             progress=lambda episode: advance(None, "judging"),
         )
-    kept = {e.seed: e.actions for e in result.kept if e.success or not config.only_successful}
+    kept = {e.seed: np.stack(e.actions) for e in result.kept if e.success or not config.only_successful}
     if not kept:
         raise UsageError(f"none of {config.episodes} episodes succeeded: only_successful=false keeps them all the same")
     return record(task, kept, num_workers=_workers(config, task))

@@ -13,9 +13,16 @@ from hydra_zen import builds
 from omegaconf import MISSING
 
 from flowsteer.policies.denoising import DiffusionPolicy, FlowPolicy
+from flowsteer.policies.encoders.cameras import Cameras
 from flowsteer.policies.encoders.low_dim import LowDim
+from flowsteer.policies.encoders.multi_modal import MultiModal
+from flowsteer.policies.encoders.point_cloud import PointCloud
+from flowsteer.policies.encoders.resnet import ResNet18
+from flowsteer.policies.encoders.vit import SmallViT
 from flowsteer.policies.gaussian import GaussianPolicy
 from flowsteer.policies.networks.residual_mlp import ResidualMLP
+from flowsteer.policies.networks.transformer import DiffusionTransformer
+from flowsteer.policies.networks.unet1d import ConditionalUnet1d
 from flowsteer.sim.tasks.gymnasium_robotics import AdroitDoor, Kitchen
 from flowsteer.sim.tasks.locomotion import HalfCheetah, Hopper, Walker2d
 from flowsteer.sim.tasks.pusht import PushT
@@ -25,6 +32,12 @@ from flowsteer.sim.tasks.robosuite import Can, Lift, Square, task_from_env_args
 def _later(target: Any, **fixed: Any) -> Any:
     """A config of everything in the constructor that has a default; the rest is given when it is built."""
     return builds(target, populate_full_signature=True, zen_partial=True, **fixed)
+
+
+def _multi_modal(backbone: Any, **fixed: Any) -> Any:
+    """Images through `backbone`, point clouds and vectors each in their way."""
+    parts = {"images": _later(Cameras, backbone=backbone), "points": _later(PointCloud), "state": _later(LowDim)}
+    return _later(MultiModal, **parts, **fixed)
 
 
 def _policy(target: Any, *defaults: Any, **fixed: Any) -> dict[str, Any]:
@@ -42,10 +55,15 @@ def _task(target: Any, *defaults: Any, horizon: tuple[int, int, int] = (2, 16, 8
 
 NETWORKS: dict[str, Any] = {
     "mlp": _later(ResidualMLP),
+    "unet": _later(ConditionalUnet1d),
+    "transformer": _later(DiffusionTransformer),
 }
 
 ENCODERS: dict[str, Any] = {
     "low_dim": _later(LowDim),
+    "image": _multi_modal(_later(ResNet18)),
+    "image_vit": _multi_modal(_later(SmallViT)),
+    "point_cloud": _multi_modal(_later(ResNet18), point_keys=["point_cloud"]),
 }
 
 POLICIES: dict[str, Any] = {
@@ -54,12 +72,18 @@ POLICIES: dict[str, Any] = {
     "gaussian": _policy(GaussianPolicy, {"override /network": None}, encoder=MISSING),
 }
 
+IMAGE = {"override /encoder": "image"}
+
 TASKS: dict[str, Any] = {
     "pusht": _task(PushT),
     "pusht_keypoints": _task(PushT, observation="keypoints"),
+    "pusht_image": _task(PushT, IMAGE, observation="image"),
     "lift": _task(Lift),
+    "lift_image": _task(Lift, IMAGE, images=True),
     "can": _task(Can),
+    "can_image": _task(Can, IMAGE, images=True),
     "square": _task(Square),
+    "square_image": _task(Square, IMAGE, images=True),
     "kitchen": _task(Kitchen),
     "adroit_door": _task(AdroitDoor),
     "hopper": _task(Hopper),
