@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import os
 from typing import Any, final
@@ -46,6 +47,8 @@ class OffscreenRenderer:
         self._options.geomgroup[0] = 0
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        # MuJoCo ends EGL at exit; whoever forgot to close must be closed before that.
+        atexit.register(self.close)
 
     def render(self, data: mujoco.MjData, camera: str, size: int) -> NDArray[np.uint8]:
         """The view of the named camera now, [size, size, 3], the first row on top."""
@@ -66,6 +69,7 @@ class OffscreenRenderer:
             self._mujoco.free()
             self._gl.free()
             self._gl = None
+            atexit.unregister(self.close)
 
 
 def _gl_context(size: int) -> Any:

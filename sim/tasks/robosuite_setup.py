@@ -81,7 +81,7 @@ class OscGains:
         """Where actions [T, Da] bring the end effector from `position` [3] (m) and `velocity` [3] (m/s): [T, 3].
 
         Within a step the controlled arm is a unit mass on a spring and damper, x'' = kp (goal - x) - kd x', and the
-        goal is the position at the step's start plus the scaled delta: a fifth of a full delta is reached in 50 ms.
+        goal is the position at the step's start plus the scaled delta: from rest, 50 ms cover an eighth of it.
         """
         transition = _spring_step(np.array(self.kp[:3]), self.damping_ratio, step_s)
         deltas = np.clip(actions[:, :3], -1, 1) * self.delta_max[:3]

@@ -1,0 +1,129 @@
+import json
+
+import numpy as np
+import pytest
+from counting import Counting
+from counting_experts import CountUp, DiesInEpisode5
+
+from flowsteer.sim.collect import ActionNoise, collect, record
+from flowsteer.sim.errors import SimError
+from flowsteer.sim.experts import Expert, LiftExpert
+from flowsteer.sim.tasks.robosuite import Lift, task_from_env_args
+
+NOISE = ActionNoise(std=0.2, correlation=0.5, pause_probability=0.05)
+
+
+def test_what_was_seen_is_beside_what_was_done_next():
+    collected = collect(Counting(limit=3), CountUp, episodes=2, seed=4, only_successful=False)
+    assert collected.episode_ends.tolist() == [3, 6]
+    # Columns: seed, step, last action.
+    assert collected.data["count"].tolist() == [[4, 0, 0], [4, 1, 0], [4, 2, 1], [5, 0, 0], [5, 1, 0], [5, 2, 501]]
+    assert collected.data["action"].tolist() == [[0], [1], [2], [0], [501], [2]]
+    assert collected.data["reward"].tolist() == [0, 1, 2, 0, 501, 2]
+    assert collected.data["picture"].dtype == np.uint8
+    assert collected.meta == {
+        "task": "counting",
+        "control_hz": 10.0,
+        "episodes": {"seed": [4, 5], "success": [False, True]},
+    }
+
+
+def test_failed_episodes_give_their_place_to_the_next_seeds():
+    told = []
+    collected = collect(
+        Counting(limit=3), CountUp, episodes=3, seed=0, progress=lambda kept, tried: told.append((kept, tried))
+    )
+    assert collected.meta["episodes"]["seed"] == [1, 3, 5]
+    assert told == [(0, 1), (1, 2), (1, 3), (2, 4), (2, 5), (3, 6)]
+
+
+def test_an_episode_ends_by_the_tasks_rule():
+    collected = collect(Counting(lengths={1: 2}, limit=9), CountUp, episodes=1, seed=1)
+    assert collected.episode_ends.tolist() == [2]
+
+
+def test_an_expert_that_fails_is_told_so():
+    with pytest.raises(SimError, match=r"only 0 of 24 episodes succeeded \(seeds 0 to 23\); lower the noise"):
+        collect(Counting(limit=1), CountUp, episodes=1, seed=0)
+
+
+def test_a_dead_worker_is_named():
+    with pytest.raises(SimError, match="worker 1 of 2 died in the episode of seed 5"):
+        collect(Counting(limit=3), DiesInEpisode5, episodes=4, seed=0, num_workers=2)
+
+
+def test_a_worker_that_cannot_begin_says_why():
+    class Broken(Counting):
+        def make(self):
+            raise SimError("this needs the package of 'nothing'")
+
+    with pytest.raises(SimError, match="package of 'nothing'"):
+        collect(Broken(), CountUp, episodes=1, seed=0)
+
+
+def test_noise_must_make_sense():
+    with pytest.raises(SimError, match=r"correlation and pause_probability in \[0, 1\)"):
+        ActionNoise(std=0.1, correlation=1.0)
+
+
+def test_nothing_to_record_is_refused():
+    with pytest.raises(SimError, match="counting: every episode to record needs at least one action"):
+        record(Counting(), {3: np.zeros((0, 1))})
+
+
+class Still(Expert):
+    def reset(self):
+        pass
+
+    def act(self, observation):
+        return np.array([0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 1.0])
+
+
+def test_noise_has_its_spread_its_correlation_and_spares_the_gripper():
+    pytest.importorskip("robosuite")
+    noise = ActionNoise(std=0.1, correlation=0.8)
+    collected = collect(Lift(), Still, episodes=1, seed=0, noise=noise, record_clean=False, only_successful=False)
+    offsets = collected.data["action"][:, :6] - 0.5
+    assert (collected.data["action"][:, 6] == 1.0).all()
+    assert offsets.shape == (400, 6)
+    assert offsets.std() == pytest.approx(0.1, rel=0.15)
+    neighbours = np.mean(offsets[1:] * offsets[:-1]) / np.mean(offsets**2)
+    assert neighbours == pytest.approx(0.8, abs=0.1)
+
+
+def test_pauses_stand_still_for_their_length():
+    pytest.importorskip("robosuite")
+    noise = ActionNoise(pause_probability=0.1, pause_steps=3)
+    collected = collect(Lift(), Still, episodes=1, seed=1, noise=noise, record_clean=False, only_successful=False)
+    paused = (collected.data["action"][:, :6] == 0).all(axis=1)
+    runs = np.diff(np.flatnonzero(np.diff(np.concatenate([[0], paused, [0]]))))[::2]
+    assert paused.mean() == pytest.approx(0.25, abs=0.1)
+    assert (runs[:-1] % 3 == 0).all()
+
+
+def test_lift_is_the_same_from_any_number_of_workers_and_plays_again():
+    pytest.importorskip("robosuite")
+    alone = collect(Lift(), LiftExpert, episodes=3, seed=7, noise=NOISE, record_clean=False)
+    shared = collect(Lift(), LiftExpert, episodes=3, seed=7, noise=NOISE, record_clean=False, num_workers=2)
+    assert json.dumps(alone.meta) == json.dumps(shared.meta)
+    assert task_from_env_args(alone.meta["env_args"]).setup == Lift().setup
+    starts = [0, *alone.episode_ends[:-1]]
+    actions = {
+        seed: alone.data["action"][start:end]
+        for seed, start, end in zip(alone.meta["episodes"]["seed"], starts, alone.episode_ends, strict=True)
+    }
+    played = record(Lift(), actions)
+    for key, array in alone.data.items():
+        np.testing.assert_array_equal(array, shared.data[key], err_msg=key)
+        np.testing.assert_array_equal(array, played.data[key], err_msg=key)
+    assert played.meta == alone.meta
+
+
+def test_cloning_data_hold_what_was_wanted():
+    pytest.importorskip("robosuite")
+    noisy = collect(Lift(), LiftExpert, episodes=1, seed=0, noise=ActionNoise(std=0.2))
+    expert = LiftExpert()
+    expert.reset()
+    for i, action in enumerate(noisy.data["action"]):
+        observation = {key: noisy.data[key][i] for key in Lift().spec.observations}
+        np.testing.assert_allclose(expert.act(observation), action, atol=1e-6)
