@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
 
 
@@ -14,9 +15,13 @@ def optional_module(name: str, extra: str) -> Any:
     """Import the module `name`, which `pip install 'flowsteer[extra]'` brings.
 
     Raises:
-        SimError: if it is not installed.
+        SimError: if it is not installed, or cannot be imported here.
     """
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise SimError(f"this needs the package of '{error.name}': pip install 'flowsteer[{extra}]'") from error
+    except Exception as error:  # MuJoCo loads the graphics library that MUJOCO_GL names, and fails in its way
+        library = os.environ.get("MUJOCO_GL")
+        remedy = f"; MUJOCO_GL={library} is set: unset it, or install that library" if library else ""
+        raise SimError(f"'{name}' cannot be imported ({type(error).__name__}: {error}){remedy}") from error

@@ -83,3 +83,13 @@ def test_a_missing_package_is_one_line_with_its_extra():
         SimError, match=r"this needs the package of 'no_such_simulator': pip install 'flowsteer\[nosim\]'"
     ):
         optional_module("no_such_simulator", "nosim")
+
+
+def test_a_package_that_cannot_be_imported_says_why(tmp_path, monkeypatch):
+    (tmp_path / "broken_simulator.py").write_text("raise AttributeError('no glGetError')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    with pytest.raises(
+        SimError, match=r"cannot be imported \(AttributeError: no glGetError\); MUJOCO_GL=egl is set: unset"
+    ):
+        optional_module("broken_simulator", "nosim")
