@@ -8,7 +8,7 @@ repeats the observations one step later, so it is read only where a key names it
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from flowsteer.datasets.errors import DataError
 from flowsteer.datasets.replay_buffer import ACTION, ReplayBuffer
 from flowsteer.datasets.source import Column, Reader, Source
-from flowsteer.datasets.temporary import replaced_by
+from flowsteer.datasets.temporary import ForgivingFile, replaced_by
 
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 NAMES = {"actions": ACTION, "rewards": "reward", "dones": "done"}
@@ -157,17 +157,26 @@ def write_robomimic(buffer: ReplayBuffer, path: Path | str, env_args: dict[str, 
         DataError: if `path` exists, the disk is full or there is no action; then nothing is left behind.
     """
     buffer.array(ACTION)
-    with replaced_by(Path(path)) as partial, h5py.File(partial, "w") as file:
-        data = file.create_group("data")
-        data.attrs["total"] = buffer.num_frames
-        data.attrs["env_args"] = json.dumps(env_args or buffer.meta.get("env_args", {}))
-        for episode, (start, end) in enumerate(zip(buffer.episode_starts, buffer.episode_ends, strict=True)):
-            demo = data.create_group(f"demo_{episode}")
-            demo.attrs["num_samples"] = int(end - start)
-            for name, values in buffer.meta.get("episodes", {}).items():
-                demo.attrs[name] = values[episode]
-            _write_demo(demo, buffer, int(start), int(end))
+    with replaced_by(Path(path)) as partial, ForgivingFile(partial, "w+") as disk:
+        with h5py.File(disk, "w") as file:
+            _write_demos(file, buffer, env_args or buffer.meta.get("env_args", {}), disk.raise_error)
+        disk.raise_error()
     return Path(path)
+
+
+def _write_demos(
+    file: h5py.File, buffer: ReplayBuffer, env_args: dict[str, Any], check_disk: Callable[[], None]
+) -> None:
+    data = file.create_group("data")
+    data.attrs["total"] = buffer.num_frames
+    data.attrs["env_args"] = json.dumps(env_args)
+    for episode, (start, end) in enumerate(zip(buffer.episode_starts, buffer.episode_ends, strict=True)):
+        demo = data.create_group(f"demo_{episode}")
+        demo.attrs["num_samples"] = int(end - start)
+        for name, values in buffer.meta.get("episodes", {}).items():
+            demo.attrs[name] = values[episode]
+        _write_demo(demo, buffer, int(start), int(end))
+        check_disk()
 
 
 def _write_demo(demo: h5py.Group, buffer: ReplayBuffer, start: int, end: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +29,26 @@ def open_source(path: Path) -> Source:
     Raises:
         DataError: if `episode_ends` is missing or an array holds Python objects.
     """
-    with np.load(path, allow_pickle=False) as archive:
-        if ENDS not in archive:
-            raise DataError(f"{path}: there is no key '{ENDS}': add it, the frame after each episode's last one")
-        ends = archive[ENDS].astype(np.int64)
-        names = [name for name in archive.files if name != ENDS]
-        columns = {NAMES.get(name, name): _column(path, archive[name], name) for name in names if archive[name].ndim}
+    arrays = _load(path)
+    if ENDS not in arrays:
+        raise DataError(f"{path}: there is no key '{ENDS}': add it, the frame after each episode's last one")
+    ends = arrays.pop(ENDS).astype(np.int64)
+    columns = {NAMES.get(name, name): _column(array) for name, array in arrays.items() if array.ndim}
     per_episode = len(ends) if len(ends) != ends[-1:].sum() else -1
     per_frame = {key: column for key, column in columns.items() if column.length != per_episode}
     return Source(path, per_frame, ends, {"format": "NumPy archive"})
 
 
-def _column(path: Path, array: NDArray[Any], name: str) -> Column:
-    def read() -> Iterator[NDArray[Any]]:
+def _load(path: Path) -> dict[str, NDArray[Any]]:
+    try:
         with np.load(path, allow_pickle=False) as archive:
-            yield archive[name]
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: the archive cannot be read ({error}): save plain arrays, or copy it again") from error
 
-    return Column(len(array), array.shape[1:], array.dtype, read)
+
+def _column(array: NDArray[Any]) -> Column:
+    return Column(len(array), array.shape[1:], array.dtype, lambda: iter([array]))
 
 
 READER = Reader("NumPy archive", accepts, open_source)

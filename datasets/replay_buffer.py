@@ -113,7 +113,7 @@ def rows(array: Array, indices: NDArray[np.integer[Any]]) -> NDArray[Any]:
         return np.take(array, indices, axis=0)
     wanted, places = np.unique(indices, return_inverse=True)
     stored: NDArray[Any] = np.asarray(array.oindex[wanted])
-    return np.take(stored, places, axis=0)
+    return stored[places]
 
 
 def blocks(array: Array, start: int = 0, end: int | None = None) -> Iterator[tuple[int, NDArray[Any]]]:

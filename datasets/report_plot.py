@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from flowsteer.datasets.replay_buffer import ACTION
 from flowsteer.datasets.report import KeyReport, Report
@@ -23,6 +22,9 @@ def plot(report: Report, out_png: Path | str) -> Path:
     Raises:
         DataError: if the disk is full.
     """
+    # Imported here: half a second that readers and training need not spend.
+    from matplotlib.figure import Figure
+
     target = Path(out_png)
     cameras = [key for key in report.keys if key.first_frame is not None][:IMAGES_SHOWN]
     vectors = [key for key in report.keys if len(key.channels) > 1]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,46 @@ def replaced_by(target: Path) -> Iterator[Path]:
         raise DataError(f"{target}: cannot be written ({reason}): free disk space or choose another place") from error
     finally:
         remove(partial)
+
+
+class ForgivingFile(io.FileIO):
+    """A file for HDF5 to write to, which crashes the process if it cannot finish a file: after the first failed write
+    every further one is dropped, and `raise_error` tells what happened.
+    """
+
+    _error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write all, or pretend to."""
+        return self._forgive(self._write_all, memoryview(data).cast("B"), len(data))
+
+    def truncate(self, size: int | None = None) -> int:
+        """Resize, or pretend to."""
+        return self._forgive(super().truncate, size, size or 0)
+
+    def _write_all(self, data: memoryview) -> int:
+        # A raw file may write less than it was given, and HDF5 does not look.
+        done = 0
+        while done < len(data):
+            done += super().write(data[done:])
+        return done
+
+    def _forgive(self, change: Callable[[Any], int], argument: Any, pretended: int) -> int:
+        if self._error is None:
+            try:
+                return change(argument)
+            except OSError as error:
+                self._error = error
+        return pretended
+
+    def raise_error(self) -> None:
+        """Raise the first failure, if there was one.
+
+        Raises:
+            OSError: of the failed write.
+        """
+        if self._error is not None:
+            raise self._error
 
 
 def remove(path: Path) -> None:

@@ -38,14 +38,13 @@ def open_source(path: Path) -> Source:
     """
     try:
         root = zarr.open_group(path if path.is_dir() else ZipStore(path, mode="r"), mode="r")
-        arrays = dict(zarr.open_group(root.store_path / "data", mode="r").arrays())
-        ends = np.asarray(root["meta/episode_ends"][:])  # type: ignore[index]
-    except KeyError as error:
-        raise DataError(
-            f"{path}: a zarr store without {error}: a replay buffer needs the groups 'data' and 'meta/episode_ends'"
-        ) from error
+        absent = [name for name in ("data", "meta/episode_ends") if name not in root]
     except Exception as error:
         raise DataError(f"{path}: the zarr store cannot be opened ({error}): copy or download it again") from error
+    if absent:
+        raise DataError(f"{path}: this zarr store has no '{absent[0]}' and is no replay buffer: see docs/data.md")
+    arrays = dict(zarr.open_group(root.store_path / "data", mode="r").arrays())
+    ends = np.asarray(root["meta/episode_ends"][:])  # type: ignore[index]
     return Source(
         path,
         {name: _column(array) for name, array in arrays.items()},
