@@ -15,13 +15,16 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Mapping
-from typing import Any, ClassVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from flowsteer.policies.spec import ArraySpec
 from flowsteer.sim.errors import SimError, optional_module
 from flowsteer.sim.spec import TaskSpec
-from flowsteer.sim.tasks.base import DatasetKey, SingleEnv, Task
+from flowsteer.sim.tasks.base import DatasetKey, Task
 from flowsteer.sim.tasks.robosuite_setup import ObjectLayout, OscGains, RobosuiteSetup, World
+
+if TYPE_CHECKING:
+    from flowsteer.sim.tasks.robosuite_env import RobosuiteEnv
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 OBJECT_LAYOUTS: tuple[ObjectLayout, ...] = ("1.4", "1.5")
@@ -80,9 +83,9 @@ class RobosuiteTask(Task, ABC):
         )
 
     @final
-    def make(self) -> SingleEnv:
+    def make(self) -> RobosuiteEnv:
         """One world; the first one in a process takes about 2 s."""
-        env: SingleEnv = optional_module("flowsteer.sim.tasks.robosuite_env", "robosuite").RobosuiteEnv(self.setup)
+        env: RobosuiteEnv = optional_module("flowsteer.sim.tasks.robosuite_env", "robosuite").RobosuiteEnv(self.setup)
         return env
 
     @final

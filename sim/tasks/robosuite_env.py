@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
+from flowsteer.sim.errors import SimError
 from flowsteer.sim.tasks.base import Array, Arrays, SingleEnv, Step
 from flowsteer.sim.tasks.offscreen import OffscreenRenderer, project
 from flowsteer.sim.tasks.osc import OscController
@@ -140,7 +141,14 @@ class RobosuiteEnv(SingleEnv):
         return self._observe()
 
     def set_state(self, state: Array) -> Arrays:
-        """Go on from a recorded MuJoCo state [1 + nq + nv] (time, qpos, qvel); the observation there."""
+        """Go on from a recorded MuJoCo state [1 + nq + nv] (time, qpos, qvel), of 1.4 too; what is seen there.
+
+        Raises:
+            SimError: the state is of another world.
+        """
+        width = 1 + self._model.nq + self._model.nv
+        if state.shape != (width,):
+            raise SimError(f"{self._setup.world.name}: a state has {width} numbers, got {list(state.shape)}")
         self._env.sim.set_state_from_flattened(state)
         self._env.sim.forward()
         self._start()

@@ -1,14 +1,15 @@
 import json
 
+import h5py
 import numpy as np
 import pytest
 from counting import Counting
 from counting_experts import CountUp, DiesInEpisode5
 
-from flowsteer.sim.collect import ActionNoise, collect, record
+from flowsteer.sim.collect import ActionNoise, collect, observations_from_states, record
 from flowsteer.sim.errors import SimError
 from flowsteer.sim.experts import Expert, LiftExpert
-from flowsteer.sim.tasks.robosuite import Lift, task_from_env_args
+from flowsteer.sim.tasks.robosuite import Can, Lift, task_from_env_args
 
 NOISE = ActionNoise(std=0.2, correlation=0.5, pause_probability=0.05)
 
@@ -127,3 +128,30 @@ def test_cloning_data_hold_what_was_wanted():
     for i, action in enumerate(noisy.data["action"]):
         observation = {key: noisy.data[key][i] for key in Lift().spec.observations}
         np.testing.assert_allclose(expert.act(observation), action, atol=1e-6)
+
+
+def test_states_of_robosuite_14_are_seen_as_they_were(shared_data):
+    pytest.importorskip("robosuite")
+    with h5py.File(shared_data / "robosuite_human_1.4" / "lift" / "demo.hdf5") as file:
+        demo = file["data/demo_1"]
+        states, actions = demo["states"][::40], demo["actions"][::40]
+        following = demo["states"][1::40]
+    before, after = (observations_from_states(Lift(), array) for array in (states, following))
+    # In the last state the cube is lifted, between the fingertips.
+    np.testing.assert_allclose(before["object"][0, :3], states[0, 10:13], atol=1e-6)
+    assert after["object"][-1, 2] > 0.84
+    np.testing.assert_allclose(after["object"][-1, 7:], 0, atol=0.02)
+    # One recorded action leads from each state to the next, give or take what changed since 1.4.
+    env = Lift().make()
+    env.reset(0)
+    for i in range(len(following)):
+        env.set_state(states[i])
+        reached = env.step(actions[i]).observation["robot0_eef_pos"]
+        np.testing.assert_allclose(reached, after["robot0_eef_pos"][i], atol=3e-3)
+    env.close()
+
+
+def test_states_of_another_world_are_refused():
+    pytest.importorskip("robosuite")
+    with pytest.raises(SimError, match=r"can: a state has \d+ numbers, got \[32\]"):
+        observations_from_states(Can(), np.zeros((2, 32)))
