@@ -15,7 +15,7 @@ from flowsteer.datasets.errors import DataError
 from flowsteer.datasets.progress import progress_bar
 from flowsteer.datasets.replay_buffer import Array, ReplayBuffer, check_episode_ends, missing_key_error
 from flowsteer.datasets.source import Column, Reader, Source
-from flowsteer.datasets.temporary import allocate
+from flowsteer.datasets.temporary import allocate, has_room
 
 # The first that accepts a path opens it: a Minari file is also an HDF5 file, a zipped zarr store also an archive.
 READERS: tuple[Reader, ...] = (
@@ -45,8 +45,8 @@ def open_dataset(
     Args:
         path: a file or folder, or `minari:ID`.
         keys: what to load; None loads everything but absent videos and `next_obs/*`.
-        in_memory: False keeps images on disk: a store with one frame per chunk is read where it lies, other images
-            are unpacked once into a memory-mapped temporary file (in $TMPDIR).
+        in_memory: False keeps images on disk, unpacked once into a memory-mapped temporary file (in $TMPDIR). Where
+            there is no room for it, a zarr store with one frame per chunk is read in place, a hundred times slower.
         image_size: (height, width) that camera frames are resized to; None leaves them.
         strict: False accepts NaN and infinite values, uneven clocks and missing zarr chunks as they are.
 
@@ -105,16 +105,12 @@ def convert(source: Path | str, target: Path | str) -> Path:
 
 def _load(source: Source, key: str, *, in_memory: bool, image_size: tuple[int, int] | None) -> Array:
     column, name = source.columns[key], f"{source.path}: key '{key}'"
-    if column.in_place is not None and not in_memory and image_size is None and _camera(column):
+    if column.in_place is not None and not in_memory and image_size is None and not has_room(column.in_place.nbytes):
         return column.in_place
     is_image, frames = prepared(column, name)
     if is_image:
         frames = (images.resize(block, image_size) for block in frames)
     return _fill(column.length, frames, name, in_memory=in_memory or not is_image)
-
-
-def _camera(column: Column) -> bool:
-    return images.may_be_image(column.shape, column.dtype) and images.channel_axis(column.shape) == 2
 
 
 def prepared(column: Column, name: str) -> tuple[bool, Iterator[NDArray[Any]]]:

@@ -51,8 +51,9 @@ class ReplayBuffer:
         object.__setattr__(self, "episode_ends", np.asarray(self.episode_ends, dtype=np.int64))
         check_episode_ends(self.episode_ends, {key: array.shape[0] for key, array in self.data.items()}, self.source)
         if self.check_finite:
-            for key in self.data:
-                self._check_finite(key)
+            for key, array in self.data.items():
+                if array.dtype.kind == "f":
+                    self._check_finite(key)
 
     def _check_finite(self, key: str) -> None:
         for start, block in blocks(self.array(key)):

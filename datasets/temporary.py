@@ -86,6 +86,11 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def has_room(size: int) -> bool:
+    """Whether the temporary folder has `size` bytes to spare."""
+    return shutil.disk_usage(tempfile.gettempdir()).free > size
+
+
 def allocate(shape: tuple[int, ...], dtype: np.dtype[Any], *, in_memory: bool) -> NDArray[Any]:
     """An array to fill: in memory, or memory-mapped to a nameless file in the temporary folder ($TMPDIR).
 

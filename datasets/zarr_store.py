@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 from zarr.storage import ZipStore
 
 from flowsteer.datasets.errors import DataError
-from flowsteer.datasets.replay_buffer import Array, ReplayBuffer, is_image
+from flowsteer.datasets.images import channel_axis
+from flowsteer.datasets.replay_buffer import BLOCK_BYTES, Array, ReplayBuffer, is_image
 from flowsteer.datasets.source import Column, Reader, Source
 from flowsteer.datasets.temporary import replaced_by
 
 GROUP_FILES = (".zgroup", "zarr.json")
-SHARD_BYTES = 64 << 20
+SHARD_FRAMES = 32
+"""Image chunks of one frame, this many to a file: readers fetch a shard's index for every chunk."""
 CHUNK_BYTES = 1 << 20
 
 
@@ -56,12 +58,11 @@ def open_source(path: Path) -> Source:
 
 def _column(array: zarr.Array[Any]) -> Column:
     def read() -> Iterator[NDArray[Any]]:
-        step = array.chunks[0]
-        step *= max(1, CHUNK_BYTES // max(1, array.dtype.itemsize * int(np.prod(array.shape[1:])) * step))
+        step = _block_frames(array, array.chunks[0])
         for start in range(0, array.shape[0], step):
             yield np.asarray(array[start : start + step])
 
-    per_frame = array.dtype == np.uint8 and array.chunks[0] == 1
+    per_frame = is_image(array) and channel_axis(array.shape[1:]) == 2 and array.chunks[0] == 1
     return Column(array.shape[0], array.shape[1:], array.dtype, read, in_place=array if per_frame else None)
 
 
@@ -106,21 +107,28 @@ def write_zarr(buffer: ReplayBuffer, path: Path | str, *, zarr_format: int = 3) 
 
 
 def _write(root: zarr.Group, name: str, array: Array) -> None:
-    frame_bytes = max(1, array.dtype.itemsize * int(np.prod(array.shape[1:])))
-    chunk = 1 if is_image(array) else max(1, min(array.shape[0], CHUNK_BYTES // frame_bytes))
+    chunk = 1 if is_image(array) else max(1, min(array.shape[0], CHUNK_BYTES // _frame_bytes(array)))
     sharded = is_image(array) and root.metadata.zarr_format == 3
-    shard = max(1, min(array.shape[0], SHARD_BYTES // frame_bytes))
     target = root.create_array(
         name,
         shape=array.shape,
         dtype=array.dtype,
         chunks=(chunk, *array.shape[1:]),
-        shards=(shard, *array.shape[1:]) if sharded else None,
+        shards=(SHARD_FRAMES, *array.shape[1:]) if sharded else None,
         config={"write_empty_chunks": True},
     )
-    step = shard if sharded else chunk * max(1, SHARD_BYTES // (chunk * frame_bytes))
+    step = _block_frames(array, SHARD_FRAMES if sharded else chunk)
     for start in range(0, array.shape[0], step):
         target[start : start + step] = np.asarray(array[start : start + step])
+
+
+def _frame_bytes(array: Array) -> int:
+    return max(1, array.dtype.itemsize * int(np.prod(array.shape[1:])))
+
+
+def _block_frames(array: Array, multiple: int) -> int:
+    """Frames of about 16 MB, in whole chunks of `multiple` frames."""
+    return multiple * max(1, BLOCK_BYTES // (multiple * _frame_bytes(array)))
 
 
 READER = Reader("Diffusion Policy zarr", accepts, open_source)

@@ -107,7 +107,7 @@ def test_a_later_call_continues_an_interrupted_one(server, target, monkeypatch):
     monkeypatch.setattr(module, "ATTEMPTS", 1)
     server.breaks = [100_000]
     with pytest.raises(
-        DataError, match=r"data.hdf5: cannot be downloaded .*: check the network and call again to continue"
+        DataError, match=r"data.hdf5: cannot be downloaded .*: check the network and call again, it continues"
     ):
         download(f"{server.url}/data.hdf5", target)
     assert names(target.parent) == ["data.hdf5.part", "data.hdf5.part.etag"]
@@ -213,7 +213,7 @@ def test_a_zipped_set_is_fetched_and_opens(server, tmp_path, monkeypatch, zipped
 def test_a_damaged_archive_is_deleted(tmp_path):
     archive = tmp_path / "demo.zip"
     archive.write_bytes(b"PK" + CONTENT[:1000])
-    with pytest.raises(DataError, match="damaged .* and deleted: fetch it again"):
+    with pytest.raises(DataError, match=r"damaged .* and deleted: fetch it again"):
         unzip(archive, tmp_path / "demo")
     assert names(tmp_path) == []
 

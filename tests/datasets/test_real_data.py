@@ -28,7 +28,7 @@ def test_push_t_from_human_demonstrations(shared_data):
 
 
 def test_push_t_images_become_bytes(shared_data, tmp_path):
-    """The first frames; the whole conversion takes minutes with every test beside it."""
+    """Two episodes, in the layout of the whole."""
     import zarr
 
     stored = zarr.open_group(shared_data / "pusht_human/pusht_cchi_v7_replay.zarr", mode="r")
@@ -68,7 +68,7 @@ def test_piper_without_its_videos(shared_data):
     assert buffer.data["action"].shape == (13_331, 6)
     assert buffer.data["observation.state"].shape == (13_331, 7)
     assert buffer.meta["episodes"]["task"][0] == "Put the grape on the white plate."
-    with pytest.raises(DataError, match="observation.images.front.*absent"):
+    with pytest.raises(DataError, match=r"observation.images.front.*absent"):
         open_dataset(path, keys=["observation.images.front"])
 
 
@@ -104,5 +104,5 @@ def test_every_real_set_can_be_inspected(shared_data):
 
 
 def test_a_folder_around_the_data_is_explained(shared_data):
-    with pytest.raises(DataError, match="this folder only holds the data set: give .*pusht_cchi_v7_replay.zarr"):
+    with pytest.raises(DataError, match=r"this folder only holds the data set: give .*pusht_cchi_v7_replay.zarr"):
         open_dataset(shared_data / "pusht_human")

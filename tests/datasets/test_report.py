@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import io
+
 import imageio.v3 as iio
 import numpy as np
 import pytest
@@ -65,7 +67,7 @@ def test_a_report_of_spoiled_data(spoiled):
 
 
 def test_the_tables_tell_it(spoiled):
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))
+    console = Console(width=100, record=True, file=io.StringIO())
     print_report(inspect(spoiled), console)
     text = console.export_text()
     for wanted in (

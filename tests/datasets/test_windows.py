@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -74,13 +75,17 @@ def test_a_batch_is_a_copy(make_buffer):
     assert buffer.data["action"][:2, 0].tolist() == [0, 10]
 
 
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_windows_from_disk_equal_windows_from_memory(make_buffer, tmp_path, in_memory):
+@pytest.mark.parametrize(
+    ("in_memory", "room", "kind"), [(True, True, np.ndarray), (False, True, np.memmap), (False, False, zarr.Array)]
+)
+def test_windows_from_disk_equal_windows_from_memory(make_buffer, tmp_path, monkeypatch, in_memory, room, kind):
+    monkeypatch.setattr("flowsteer.datasets.opening.has_room", lambda size: room)
     buffer = make_buffer(images=True)
     sizes = {"observation_steps": 2, "prediction_steps": 6, "execution_steps": 3}
     stored = open_dataset(write_zarr(buffer, tmp_path / "d.zarr"), in_memory=in_memory)
     expected = Windows(buffer, ["img", "state"], **sizes)
     found = Windows(stored, ["img", "state"], **sizes)
+    assert type(stored.data["img"]) is kind
     assert found.on_disk is not in_memory
     wanted = torch.tensor([5, 0, 5, 8, 2])
     for key in ("img", "state"):
