@@ -103,7 +103,9 @@ def test_episode_ends_that_do_not_match_are_refused(make_buffer, tmp_path):
 
 def test_a_full_disk_leaves_nothing_behind(make_buffer, tmp_path):
     """The kernel refuses writes beyond a limit half-way through, in a process of its own."""
-    source = write_zarr(make_buffer((50, 60), images=True), tmp_path / "source.zarr")
+    buffer = make_buffer((50, 60), images=True)
+    buffer.data["img"] = np.random.default_rng(0).integers(0, 256, (110, 12, 10, 3), np.uint8)
+    source = write_zarr(buffer, tmp_path / "source.zarr")
     program = f"""
 import resource
 from flowsteer.datasets import DataError, open_dataset, write_robomimic, write_zarr
