@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flowsteer.policies.choices import pick
+from flowsteer.policies.encoders.base import EncoderFactory
 from flowsteer.policies.errors import PolicyError
 from flowsteer.policies.networks.base import Features, Network
 from flowsteer.policies.paths import (
@@ -21,7 +22,7 @@ from flowsteer.policies.paths import (
     cosine_betas,
     linear_betas,
 )
-from flowsteer.policies.policy import Draws, EncoderFactory, Loss, Policy
+from flowsteer.policies.policy import Draws, Loss, Policy
 from flowsteer.policies.samplers import Denoise, Generators, Sampler, dpm_solver_2m, heun, randn, sample, uniform_grid
 from flowsteer.policies.spec import PolicySpec
 

@@ -9,8 +9,9 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from flowsteer.policies.encoders.base import EncoderFactory
 from flowsteer.policies.networks.mlp import MLP
-from flowsteer.policies.policy import Draws, EncoderFactory, Loss, Policy
+from flowsteer.policies.policy import Draws, Loss, Policy
 from flowsteer.policies.samplers import Gaussian, Generators, randn
 from flowsteer.policies.spec import PolicySpec
 

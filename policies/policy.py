@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 
-from flowsteer.policies.encoders.base import Encoder
+from flowsteer.policies.encoders.base import EncoderFactory
 from flowsteer.policies.errors import PolicyError
 from flowsteer.policies.normalizer import KeyStatistics, Normalizer
 from flowsteer.policies.samplers import Generators
@@ -18,8 +18,6 @@ from flowsteer.policies.spec import ArraySpec, PolicySpec
 
 Observation = Mapping[str, Tensor]
 Draws = tuple[Tensor, ...]
-
-EncoderFactory = Callable[[Mapping[str, ArraySpec]], Encoder]
 
 ACTION = "action"
 
