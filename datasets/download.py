@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from flowsteer.datasets.errors import DataError
 from flowsteer.datasets.progress import progress_bar
 from flowsteer.datasets.replay_buffer import missing_key_error
-from flowsteer.datasets.temporary import replaced_by
+from flowsteer.datasets.temporary import remove, replaced_by
 
 TIMEOUT_S = 60.0
 ATTEMPTS = 4
@@ -66,16 +66,25 @@ def fetch(name: str, folder: Path | str) -> Path:
     if name not in REMOTES:
         raise missing_key_error("public data sets", name, REMOTES)
     remote, home = REMOTES[name], Path(folder).expanduser() / name
-    dataset = home / (remote.member or PurePosixPath(urlsplit(remote.url).path).name)
+    file = home / PurePosixPath(urlsplit(remote.url).path).name
     if remote.member is None:
-        return download(remote.url, dataset, remote.sha256)
+        return download(remote.url, file, remote.sha256)
+    dataset = home / PurePosixPath(remote.member).name
     if not dataset.exists():
-        archive = download(remote.url, home.with_name(f"{name}.zip"), remote.sha256)
-        unzip(archive, home)
-        archive.unlink()
-    if not dataset.exists():
-        raise DataError(f"{home}: the archive holds no '{remote.member}': its owner has changed it, open what is there")
+        _take_out(download(remote.url, file, remote.sha256), remote.member, dataset)
+        file.unlink()
     return dataset
+
+
+def _take_out(archive: Path, member: str, dataset: Path) -> None:
+    unpacked = archive.with_name(f".{archive.stem}.unpacked")
+    remove(unpacked)
+    unzip(archive, unpacked)
+    if not (unpacked / member).exists():
+        remove(unpacked)
+        raise DataError(f"{archive}: it holds no '{member}': its owner has changed it, unpack it by hand")
+    (unpacked / member).rename(dataset)
+    remove(unpacked)
 
 
 def download(url: str, target: Path, sha256: str | None = None) -> Path:

@@ -204,10 +204,19 @@ def test_a_zipped_set_is_fetched_and_opens(server, tmp_path, monkeypatch, zipped
     server.files["/demo.zip"] = zipped_demonstrations
     monkeypatch.setitem(REMOTES, "pusht", Remote(f"{server.url}/demo.zip", member="pusht/demo.zarr"))
     path = fetch("pusht", tmp_path / "data")
+    assert path == tmp_path / "data/pusht/demo.zarr"
     assert open_dataset(path).num_episodes == 3
     assert fetch("pusht", tmp_path / "data") == path
     assert len(server.ranges) == 1
-    assert names(tmp_path / "data") == ["pusht", "pusht.zip.sha256"]
+    assert names(path.parent) == ["demo.zarr", "demo.zip.sha256"]
+
+
+def test_an_archive_without_the_set_is_told(server, tmp_path, monkeypatch, zipped_demonstrations):
+    server.files["/demo.zip"] = zipped_demonstrations
+    monkeypatch.setitem(REMOTES, "pusht", Remote(f"{server.url}/demo.zip", member="pusht/other.zarr"))
+    with pytest.raises(DataError, match=r"holds no 'pusht/other.zarr'"):
+        fetch("pusht", tmp_path / "data")
+    assert names(tmp_path / "data/pusht") == ["demo.zip", "demo.zip.sha256"]
 
 
 def test_a_damaged_archive_is_deleted(tmp_path):
