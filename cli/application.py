@@ -39,6 +39,7 @@ class Application:
         run: does the work.
         default_out: the folder of a single run where the config's `out` is None.
         paths: options that name files; relative ones mean the directory of the launch.
+        register: tells Hydra the groups to choose from.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Application:
     run: Run
     default_out: Callable[[Composed], Path]
     paths: tuple[str, ...] = ()
+    register: Callable[[], None] | None = None
 
     @property
     def command(self) -> str:
@@ -55,8 +57,12 @@ class Application:
 
     def __call__(self, args: Sequence[str]) -> int:
         """Run a command line and return its exit code."""
-        ConfigStore.instance().store(name=self.name, node=self.config)
         flags = _parse(self.command, args)
+        with _own_groups(self.register):
+            return self._run(flags)
+
+    def _run(self, flags: argparse.Namespace) -> int:
+        ConfigStore.instance().store(name=self.name, node=self.config)
         composed = compose_or_refuse(self.name, flags.overrides, sweep=flags.multirun)
         if flags.help:
             print(help_text(self.command, self.summary, composed))
@@ -128,6 +134,19 @@ class Job:
             if config[key] is not None:
                 config[key] = os.path.normpath(cwd / Path(config[key]).expanduser())
         return config
+
+
+@contextlib.contextmanager
+def _own_groups(register: Callable[[], None] | None) -> Iterator[None]:
+    """Hydra's store is one for the process; what is a group of one subcommand may be a plain option of another."""
+    store = ConfigStore.instance()
+    before, store.repo = store.repo, dict(store.repo)
+    try:
+        if register is not None:
+            register()
+        yield
+    finally:
+        store.repo = before
 
 
 def _parse(command: str, args: Sequence[str]) -> argparse.Namespace:

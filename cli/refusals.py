@@ -75,8 +75,23 @@ def groups() -> dict[str, list[str]]:
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
-    """Overrides as Hydra understands them."""
-    return OverridesParser.create().parse_overrides(list(overrides))
+    """Overrides as Hydra understands them.
+
+    Raises:
+        UsageError: one is malformed.
+    """
+    try:
+        return OverridesParser.create().parse_overrides(list(overrides))
+    except OverrideParseException as error:
+        raise UsageError(_malformed(error.override, str(error))) from None
+    except OmegaConfBaseException as error:
+        raise UsageError(one_line(error)) from None
+
+
+def _malformed(override: str, reason: str) -> str:
+    if "=" not in override:
+        return f"'{override}' is not of the form option=value; see --help"
+    return f"'{override}' is malformed ({reason.splitlines()[1]}): quote special characters, as in \"option='a,b'\""
 
 
 def _jobs(overrides: Sequence[str], sweep: bool) -> Iterator[list[str]]:
@@ -131,13 +146,6 @@ def _explain(name: str, overrides: Sequence[str], error: Exception) -> str:
     return explain(name, overrides, error)
 
 
-def _explain_parse(name: str, overrides: Sequence[str], error: OverrideParseException) -> str:
-    if "=" not in error.override:
-        return f"'{error.override}' is not of the form option=value; see flowsteer {name.replace('_', ' ')} --help"
-    reason = str(error).splitlines()[1]
-    return f"'{error.override}' is malformed ({reason}): quote special characters, as in \"option='a,b'\""
-
-
 def _explain_choice(name: str, overrides: Sequence[str], error: MissingConfigException) -> str:
     group, _, choice = str(error.missing_cfg_file).rpartition("/")
     known = sorted(error.options or [])
@@ -149,7 +157,7 @@ def _explain_choice(name: str, overrides: Sequence[str], error: MissingConfigExc
 def _explain_composition(name: str, overrides: Sequence[str], error: ConfigCompositionException) -> str:
     cause = error.__cause__
     if isinstance(cause, ValidationError):
-        return f"option '{cause.full_key}': {_lower(str(cause.msg).splitlines()[0])}"
+        return wrong_type(cause)
     text = str(error)
     if "Ambiguous value" in text:
         key = _quoted(text).strip("'").partition("=")[0]
@@ -165,7 +173,6 @@ def _explain_other(name: str, overrides: Sequence[str], error: Exception) -> str
 
 EXPLANATIONS: dict[type[HydraException], Callable[..., str]] = {
     MissingConfigException: _explain_choice,
-    OverrideParseException: _explain_parse,
     ConfigCompositionException: _explain_composition,
 }
 
@@ -192,5 +199,7 @@ def _quoted(text: str) -> str:
     return found.group() if found else text
 
 
-def _lower(text: str) -> str:
-    return text[:1].lower() + text[1:]
+def wrong_type(error: OmegaConfBaseException) -> str:
+    """What a value should have been."""
+    reason = str(error.msg).splitlines()[0]
+    return f"option '{error.full_key}': {reason[:1].lower()}{reason[1:]}"

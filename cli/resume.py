@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flowsteer.cli.errors import UsageError, nearest, one_line
-from flowsteer.cli.refusals import is_node, options, parse
+from flowsteer.cli.refusals import is_node, options, parse, wrong_type
 from flowsteer.cli.training import CONFIG
 from flowsteer.configs.train import TrainConfig
 
@@ -38,13 +39,13 @@ def resumed_config(folder: Path, args: Sequence[str]) -> DictConfig:
 def _stored(folder: Path) -> DictConfig:
     file = folder / CONFIG
     try:
-        stored = OmegaConf.load(file)
-        config = OmegaConf.merge(OmegaConf.structured(TrainConfig), stored)
+        config = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(file))
     except FileNotFoundError:
         raise UsageError(f"resume={folder} holds no run ({CONFIG} is missing): name a folder made with out=") from None
-    except (OSError, ValueError, OmegaConfBaseException) as error:
-        raise UsageError(f"{file} is not the config of a run: {one_line(error).splitlines()[0]}") from error
+    except (OSError, ValueError, AssertionError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UsageError(f"{file} is not the config of a run: {one_line(error)}") from error
     assert isinstance(config, DictConfig)
+    OmegaConf.set_struct(config, False)
     config.pop("defaults", None)
     OmegaConf.set_struct(config, True)
     return config
@@ -65,4 +66,4 @@ def _override(config: DictConfig, arg: str) -> None:
     try:
         OmegaConf.update(config, key, override.value())
     except OmegaConfBaseException as error:
-        raise UsageError(f"option '{key}': {one_line(error)}") from None
+        raise UsageError(wrong_type(error)) from None

@@ -13,6 +13,7 @@ from flowsteer.cli.errors import UsageError
 from flowsteer.cli.refusals import Composed
 from flowsteer.cli.resume import resumed_config, resumed_run
 from flowsteer.cli.training import CONFIG, is_main_process, train_policy
+from flowsteer.configs.groups import register
 from flowsteer.configs.train import TrainConfig
 
 
@@ -41,7 +42,13 @@ def default_out(composed: Composed) -> Path:
 
 
 application = Application(
-    "train", "Clone a policy from demonstrations, or go on with a run.", TrainConfig, run, default_out, ("dataset",)
+    "train",
+    "Clone a policy from demonstrations, or go on with a run.",
+    TrainConfig,
+    run,
+    default_out,
+    paths=("dataset",),
+    register=register,
 )
 
 

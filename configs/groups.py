@@ -110,7 +110,7 @@ GROUPS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def register() -> None:
-    """Tell Hydra; safe to call twice."""
+    """Tell Hydra."""
     store = ConfigStore.instance()
     for group, (choices, package) in GROUPS.items():
         for name, config in choices.items():

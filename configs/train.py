@@ -9,10 +9,7 @@ from hydra_zen import builds
 from omegaconf import MISSING
 
 from flowsteer.configs.evaluation import EvaluationOptions
-from flowsteer.configs.groups import register
 from flowsteer.policies.cloning import CloningConfig
-
-register()
 
 _LoopOptions: Any = builds(CloningConfig, populate_full_signature=True)
 

@@ -53,6 +53,9 @@ def save_checkpoint(
         ema: the averaged weights.
         config: plain values; "policy" (with `_target_`) and "spec" rebuild the policy, other keys go along.
         trainer: left out for a checkpoint that is only run.
+
+    Raises:
+        PolicyError, OSError: the disk is full or not writable.
     """
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     temporary.mkdir(parents=True)
@@ -64,9 +67,11 @@ def save_checkpoint(
             (temporary / TRAINER_JSON).write_text(json.dumps(trainer.values, indent=1))
         _sync(temporary)
         temporary.rename(folder)
-    except BaseException:
+    except SafetensorError as error:
+        # Safetensors' name for whatever the file system refuses.
+        raise PolicyError(f"{folder} cannot be written ({_first_line(error)}): free disk space") from error
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def link(run: Path, name: str, step_folder: Path) -> None:

@@ -79,8 +79,8 @@ class Normalizer(nn.Module):
             stats = _checked(statistics, key, width)
             kind = kinds.get(key, "min_max")
             scale, offset = pick(KINDS, kind, f"the normaliser of key '{key}'")(stats)
-            self.get_buffer(f"scale:{key}").copy_(torch.from_numpy(scale))
-            self.get_buffer(f"offset:{key}").copy_(torch.from_numpy(offset))
+            self.get_buffer(f"scale:{key}").copy_(torch.from_numpy(scale).flatten())
+            self.get_buffer(f"offset:{key}").copy_(torch.from_numpy(offset).flatten())
 
     def check(self) -> None:
         """Raise PolicyError unless every map is finite (fitted or loaded)."""

@@ -89,7 +89,7 @@ def run(*args: str) -> int:
         ("guests=many", "option 'guests': value 'many' of type 'str' could not be converted to Integer"),
         ("dish.salt=much", "option 'dish.salt': value 'much' of type 'str' could not be converted to Float"),
         ("dish.hot=3.5", "option 'dish.hot': value '3.5' is not a valid bool (type float)"),
-        ("guests", "'guests' is not of the form option=value; see flowsteer meal --help"),
+        ("guests", "'guests' is not of the form option=value; see --help"),
         ("guests=1,2", "option 'guests' has several values: add -m to run one job for each, or write guests=[a,b]"),
         ("mood=[a", "'mood=[a' is malformed"),
         ("~guests", "option 'guests' cannot be deleted"),

@@ -1,0 +1,251 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from flowsteer.cli.main import main
+from flowsteer.cli.run_log import read_metrics
+from flowsteer.datasets.opening import open_dataset
+
+FLOWSTEER = Path(sys.executable).with_name("flowsteer")
+
+
+def weights(run: Path) -> dict[str, list[float]]:
+    return {name: tensor.flatten().tolist() for name, tensor in load_file(run / "last" / "policy.safetensors").items()}
+
+
+def steps_logged(run: Path) -> list[int]:
+    return [row["step"] for row in read_metrics(run / "metrics.jsonl")]
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *args: str, code: int = 2) -> str:
+    capsys.readouterr()
+    assert main(["train", *args]) == code
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1, captured.err
+    return captured.err.removeprefix("error: ").rstrip("\n")
+
+
+def test_a_run_leaves_everything_that_the_documentation_promises(trained: Path, dataset: Path) -> None:
+    present = set(os.listdir(trained))
+    assert {"checkpoints", "last", "best", "config.yaml", "metrics.jsonl", "loss.png", "success.png"} <= present
+    assert any(name.startswith("events.out.tfevents") for name in present)
+    rows = read_metrics(trained / "metrics.jsonl")
+    assert [row["step"] for row in rows if "train/loss" in row] == [2, 4]
+    assert [row["step"] for row in rows if "val/loss" in row] == [2, 4]
+    assert [row["step"] for row in rows if "eval/success" in row] == [4]
+    judged = trained / "evaluations" / "00000004"
+    assert json.loads((judged / "eval.json").read_text())["episodes"] == 2
+    config = yaml.safe_load((trained / "config.yaml").read_text())
+    assert config["dataset"] == str(dataset)
+    assert config["train"]["steps"] == 4
+    stored = yaml.safe_load((trained / "last" / "config.yaml").read_text())
+    assert stored["spec"]["observations"]["state"]["shape"] == [5]
+    assert stored["task"]["_target_"] == "flowsteer.sim.tasks.pusht.PushT"
+
+
+def test_a_folder_that_holds_a_run_is_refused(
+    trained: Path, dataset: Path, capsys: pytest.CaptureFixture[str], tiny: tuple[str, ...]
+) -> None:
+    before = weights(trained)
+    message = error_of(capsys, f"dataset={dataset}", f"out={trained}", *tiny)
+    assert message == f"{trained} already holds a run: continue it with resume={trained} or choose another out="
+    assert weights(trained) == before
+
+
+def test_nothing_depends_on_the_working_directory(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    relative = os.path.relpath(dataset, tmp_path)
+    assert main(["train", f"dataset={relative}", *tiny, "train.steps=2"]) == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name.startswith("pusht-flow-")
+    monkeypatch.chdir("/")
+    assert main(["train", f"resume={run}", "train.steps=4"]) == 0
+    assert steps_logged(run) == [2, 4]
+
+
+def wait_for(condition: Path, process: subprocess.Popen[str], timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+LONG = ("train.steps=200", "train.save_every=20")
+
+
+@pytest.fixture(scope="module")
+def whole(dataset: Path, tiny: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 200 steps that nothing disturbed."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    assert main(["train", f"dataset={dataset}", *tiny, *LONG, f"out={run}"]) == 0
+    return run
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_a_signal_ended_resumes_to_the_same_weights(
+    number: signal.Signals,
+    dataset: Path,
+    whole: Path,
+    tmp_path: Path,
+    environment: dict[str, str],
+    tiny: tuple[str, ...],
+) -> None:
+    run = tmp_path / "run"
+    command = [str(FLOWSTEER), "train", f"dataset={dataset}", *tiny, *LONG, f"out={run}"]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        wait_for(run / "last", process)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    if number == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 130
+        assert err.splitlines()[-1].startswith("stopped at step ")
+        assert err.splitlines()[-1].endswith(f"; go on with: flowsteer train resume={run}")
+    assert max(steps_logged(run), default=0) < 200
+    assert main(["train", f"resume={run}"]) == 0
+    assert weights(run) == weights(whole)
+    assert steps_logged(run) == steps_logged(whole)
+    assert [path.name for path in run.iterdir() if path.name.startswith(".")] == []
+
+
+def test_resuming_refuses_what_would_make_it_another_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = weights(trained)
+
+    def refused(option: str, code: int = 2) -> str:
+        return error_of(capsys, f"resume={trained}", option, code=code)
+
+    assert refused("train.step=9") == "no option 'train.step'; nearest: train.steps"
+    assert refused("policy=diffusion").startswith("'policy' cannot be chosen anew when resuming")
+    assert refused("train.steps=many") == (
+        "option 'train.steps': value 'many' of type 'str' could not be converted to Integer"
+    )
+    assert refused("train.lr=1,2") == "'train.lr=1,2' sweeps, but resume= continues one run"
+    assert refused("-m") == "'-m' cannot go with resume=; only option=value can"
+    assert refused("train.lr=[").startswith("'train.lr=[' is malformed")
+    assert refused("seed=1", code=1).startswith("cannot resume: 'seed' was 0 and is 1")
+    assert weights(trained) == before
+
+
+def test_resuming_what_is_not_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert error_of(capsys, f"resume={tmp_path}") == (
+        f"resume={tmp_path} holds no run (config.yaml is missing): name a folder made with out="
+    )
+    for text in ("train: {steps: many}", "- a list", "{", "unknown: 1"):
+        (tmp_path / "config.yaml").write_text(text)
+        assert error_of(capsys, f"resume={tmp_path}").startswith(
+            f"{tmp_path / 'config.yaml'} is not the config of a run"
+        )
+
+
+def test_a_sweep_trains_every_combination(dataset: Path, tmp_path: Path, tiny: tuple[str, ...]) -> None:
+    # Of the small network's options only those fit that every swept policy has.
+    options = [option for option in tiny if not option.startswith("policy.network")]
+    sweep = ["-m", "policy=flow,gaussian", "train.steps=2", f"dataset={dataset}", f"out={tmp_path / 'all'}"]
+    assert main(["train", *sweep, *options, "train.lr=1e-3"]) == 0
+    for policy in ("flow", "gaussian"):
+        assert (tmp_path / "all" / f"policy={policy}" / "last" / "policy.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["dataset=null"], "dataset= is missing: name a zarr store, an HDF5 file, a LeRobot folder or minari:ID"),
+        (["dataset=/nowhere"], "/nowhere: no such file or folder"),
+        (["task=hopper"], "{dataset} has 2 action dimensions, task 'hopper' has 3"),
+        (["+data.names.state=stat"], "{dataset}: there is no key 'stat': did you mean 'state'?"),
+        (["+data.names.state=action"], "{dataset}: observation 'state' is float64 [2], the task's is float32 [5]"),
+        (["task=pusht_image"], "{dataset}: there is no key 'img'"),
+        (["task=none"], "data.observations is empty: with task=none it lists the keys that the policy sees"),
+        (["task=none", "data.observations=[state]"], "{dataset} does not tell its control rate: set data.control_hz"),
+        (["task=robomimic"], "{dataset} does not hold env_args: choose its task by name"),
+        (["policy.solver=huen"], "solver 'huen' is unknown; nearest: heun (known: dpm_solver_2m, heun, transition)"),
+        (["task.observation=stat"], "pusht: observation 'stat' is unknown, choose one of"),
+        (["horizon.execution_steps=16"], "observation_steps - 1 + execution_steps must not exceed prediction_steps"),
+        (["train.lr=0"], "train.steps, train.lr and train.log_every must be positive"),
+        (["data.val_fraction=1"], "val_fraction must be at least 0 and below 1, got 1.0"),
+        (["train.batch_size=0"], "batch_size 0 must be"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    options: list[str],
+    message: str,
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    tiny: tuple[str, ...],
+) -> None:
+    run = tmp_path / "deep" / "run"
+    args = [f"dataset={dataset}", f"out={run}", "train.steps=2", *tiny, *options]
+    told = error_of(capsys, *args, code=1)
+    assert told.startswith(message.format(dataset=dataset)), told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_real_robots_demonstrations_train_without_a_task(
+    dataset: Path, tmp_path: Path, tiny: tuple[str, ...]
+) -> None:
+    options = ["task=none", "data.observations=[state]", "data.control_hz=10", "train.steps=2"]
+    assert main(["train", f"dataset={dataset}", f"out={tmp_path / 'run'}", *tiny, *options]) == 0
+    stored = yaml.safe_load((tmp_path / "run" / "last" / "config.yaml").read_text())
+    assert stored["task"] is None
+    assert stored["spec"]["control_hz"] == 10.0
+
+
+def test_observations_come_from_where_the_public_demonstrations_keep_them(
+    dataset: Path, tmp_path: Path, tiny: tuple[str, ...]
+) -> None:
+    run = tmp_path / "run"
+    assert main(["train", f"dataset={dataset}", f"out={run}", *tiny, "task=pusht_keypoints", "train.steps=2"]) == 0
+    state = open_dataset(dataset, keys=["state"]).data["state"]
+    stored = load_file(run / "last" / "policy.safetensors")
+    # The task's agent_position is the first two columns of the data set's state; the others are not seen.
+    episodes = np.ones(6, bool)
+    episodes[np.random.default_rng(0).permutation(6)[:1]] = False
+    seen = state[np.repeat(episodes, 20), :2]
+    scale = 2 / (seen.max(axis=0) - seen.min(axis=0))
+    assert stored["ema.normalizer.scale:agent_position"].numpy() == pytest.approx(scale, rel=1e-5)
+    assert stored["ema.normalizer.scale:keypoint"].shape == (18,)
+
+
+def test_evaluation_needs_a_task(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny: tuple[str, ...]
+) -> None:
+    options = ["task=none", "data.observations=[state]", "data.control_hz=10", "train.evaluate_every=1"]
+    told = error_of(capsys, f"dataset={dataset}", f"out={tmp_path / 'run'}", *tiny, *options)
+    assert told == "there is nothing to evaluate in: choose a task or set train.evaluate_every=0"
+
+
+def test_a_full_disk_is_one_line_and_nothing_half_written_stays(
+    dataset: Path, tmp_path: Path, environment: dict[str, str], tiny: tuple[str, ...]
+) -> None:
+    """A limit on the size of files stands for the full disk: the log fits, the checkpoint does not."""
+    run = tmp_path / "run"
+    options = ["train", f"dataset={dataset}", f"out={run}", *tiny, "train.steps=2", "policy.network.hidden=128"]
+    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))"
+    code = f"{limit}; from flowsteer.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code, *options], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("error: "), done.stderr
+    assert "File too large" in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert not (run / "last").exists()
+    assert list((run / "checkpoints").iterdir()) == []
