@@ -15,7 +15,7 @@ from flowsteer.sim.errors import SimError
 
 _CONTEXTS = {"egl": "mujoco.egl", "osmesa": "mujoco.osmesa", "glfw": "mujoco.glfw", "cgl": "mujoco.cgl"}
 
-REMEDY = "install libegl1 and libgl1-mesa-dri (software rendering), or set MUJOCO_GL to one of egl, osmesa, glfw"
+REMEDY = "install libegl1, libgl1 and libgl1-mesa-dri (software rendering), or set MUJOCO_GL to egl, osmesa or glfw"
 
 
 @final

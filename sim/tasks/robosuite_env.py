@@ -7,10 +7,13 @@ Imports robosuite and MuJoCo, so tasks import this module in `make`.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, NamedTuple, final
 
 import mujoco
@@ -39,16 +42,22 @@ def _plain_import() -> Iterator[None]:
     """Import robosuite without its side effects.
 
     numba would compile its helpers for 15 s on first use, none of which is called often here; `MUJOCO_GL=egl` left
-    in the environment would break `import mujoco` in child processes where no EGL is installed; and it warns about
-    optional parts that nobody asked for.
+    in the environment would break `import mujoco` in child processes where no EGL is installed; OpenCV, of which it
+    wants a window that nobody opens, does not load where no libGL is installed; and it warns about optional parts.
     """
     config: Any = numba.config
     gl, jit = os.environ.get("MUJOCO_GL"), config.DISABLE_JIT
     config.DISABLE_JIT = True
     logging.disable(logging.WARNING)
     try:
+        importlib.import_module("cv2")
+    except ImportError:
+        sys.modules["cv2"] = ModuleType("cv2")
+    try:
         yield
     finally:
+        if not hasattr(sys.modules["cv2"], "__version__"):
+            del sys.modules["cv2"]
         logging.disable(logging.NOTSET)
         config.DISABLE_JIT = jit
         os.environ.pop("MUJOCO_GL", None)

@@ -1,5 +1,6 @@
 import json
 import os
+import subprocess
 import sys
 
 import h5py
@@ -298,6 +299,19 @@ def test_without_graphics_everything_but_pictures_works(monkeypatch):
     assert np.isfinite(env.step(np.zeros(7)).observation["object"]).all()
     assert env.project(np.zeros((2, 7))).shape == (2, 2)
     env.close()
+
+
+def test_robosuite_runs_where_opencv_finds_no_graphics(tmp_path):
+    (tmp_path / "cv2.py").write_text("raise ImportError('libGL.so.1: cannot open shared object file')")
+    script = (
+        "import os, sys; from flowsteer.sim.tasks.robosuite import Lift; env = Lift().make(); "
+        "print(env.reset(0)['object'].shape, 'cv2' in sys.modules, os.environ.get('MUJOCO_GL'))"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "MUJOCO_GL"}
+    environment["PYTHONPATH"] = str(tmp_path)
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["(10,) False None"]
+    assert done.stderr == ""
 
 
 def test_a_recorded_state_is_restored(lift):
