@@ -22,7 +22,7 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if bfloat16_s < 0.7 * float32_s else torch.float32
 
 
-def _matmul_s(dtype: torch.dtype, size: int = 512, repeats: int = 5) -> float:
+def _matmul_s(dtype: torch.dtype, size: int = 256, repeats: int = 5) -> float:
     """Fastest of a few products of two square matrices."""
     a, b = torch.ones(2, size, size, dtype=dtype).unbind()
     times = []
