@@ -117,7 +117,8 @@ def _write(root: zarr.Group, name: str, array: Array) -> None:
         shards=(SHARD_FRAMES, *array.shape[1:]) if sharded else None,
         config={"write_empty_chunks": True},
     )
-    step = _block_frames(array, SHARD_FRAMES if sharded else chunk)
+    # One file a call: zarr writes many at once, and those still under way when one fails would outlive the clean-up.
+    step = SHARD_FRAMES if sharded else chunk
     for start in range(0, array.shape[0], step):
         target[start : start + step] = np.asarray(array[start : start + step])
 
