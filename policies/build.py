@@ -82,7 +82,7 @@ def locate(path: Any) -> Callable[..., Any]:
         raise PolicyError(f"there is no '{path}': was the config written by another version?")
     if not (inspect.isclass(found) or inspect.isfunction(found)) or not _trusted(found.__module__):
         raise _refusal(path, str(getattr(found, "__module__", type(found).__module__)).split(".")[0])
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _trusted(module_name: str) -> bool:

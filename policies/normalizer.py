@@ -17,10 +17,21 @@ from flowsteer.policies.errors import PolicyError
 class KeyStatistics(Protocol):
     """Exact statistics of one key over the training split, each as long as the key's channels."""
 
-    min: NDArray[np.float64]
-    max: NDArray[np.float64]
-    mean: NDArray[np.float64]
-    std: NDArray[np.float64]
+    @property
+    def min(self) -> NDArray[np.float64]:
+        """Smallest value."""
+
+    @property
+    def max(self) -> NDArray[np.float64]:
+        """Largest value."""
+
+    @property
+    def mean(self) -> NDArray[np.float64]:
+        """Mean."""
+
+    @property
+    def std(self) -> NDArray[np.float64]:
+        """Standard deviation of the population."""
 
 
 Affine = tuple[NDArray[np.float64], NDArray[np.float64]]
