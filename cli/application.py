@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra_zen import launch
@@ -58,8 +59,18 @@ class Application:
     def __call__(self, args: Sequence[str]) -> int:
         """Run a command line and return its exit code."""
         flags = _parse(self.command, args)
-        with _own_groups(self.register):
+        with _own_hydra(self.register):
             return self._run(flags)
+
+    def compose(self, *overrides: str) -> DictConfig:
+        """The config that a command line gives, for programs that call `run` themselves.
+
+        Raises:
+            UsageError: as on the command line.
+        """
+        with _own_hydra(self.register):
+            ConfigStore.instance().store(name=self.name, node=self.config)
+            return compose_or_refuse(self.name, overrides).config
 
     def _run(self, flags: argparse.Namespace) -> int:
         ConfigStore.instance().store(name=self.name, node=self.config)
@@ -137,16 +148,20 @@ class Job:
 
 
 @contextlib.contextmanager
-def _own_groups(register: Callable[[], None] | None) -> Iterator[None]:
-    """Hydra's store is one for the process; what is a group of one subcommand may be a plain option of another."""
-    store = ConfigStore.instance()
-    before, store.repo = store.repo, dict(store.repo)
+def _own_hydra(register: Callable[[], None] | None) -> Iterator[None]:
+    """Hydra has one store and one state for the process; here each use of it is alone, also inside another.
+
+    What is a group of one subcommand may so be a plain option of another.
+    """
+    store, state = ConfigStore.instance(), GlobalHydra.instance()
+    groups, store.repo = store.repo, dict(store.repo)
+    outer, state.hydra = state.hydra, None
     try:
         if register is not None:
             register()
         yield
     finally:
-        store.repo = before
+        store.repo, state.hydra = groups, outer
 
 
 def _parse(command: str, args: Sequence[str]) -> argparse.Namespace:

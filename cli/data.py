@@ -59,13 +59,13 @@ def convert(args: Sequence[str]) -> int:
 
 
 def fetch(args: Sequence[str]) -> int:
-    """`flowsteer data fetch NAME [--to FOLDER]`."""
+    """`flowsteer data fetch NAME [FOLDER]`."""
     from flowsteer.datasets.download import REMOTES
     from flowsteer.datasets.download import fetch as download
 
     parser = _Parser("flowsteer data fetch", description=COMMANDS["fetch"].summary)
     parser.add_argument("name", help=", ".join(REMOTES))
-    parser.add_argument("--to", type=Path, default=Path("data"), help="the folder; data/ by default")
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("data"), help="where to; data/ by default")
     options = parser.parse_args(args)
-    print(download(options.name, options.to))
+    print(download(options.name, options.folder))
     return 0

@@ -18,17 +18,18 @@ from flowsteer.configs.train import TrainConfig
 
 
 def run(config: DictConfig, folder: Path) -> float:
-    """Train in `folder`, which must not hold a run yet; returns the best evaluation's score.
+    """`train` in a `folder` that must not hold a run yet."""
+    if (folder / CONFIG).exists() and is_main_process():
+        raise UsageError(f"{folder} already holds a run: continue it with resume={folder} or choose another out=")
+    return train(config, folder)
+
+
+def train(config: DictConfig, folder: Path) -> float:
+    """Train in `folder`, going on where a run in it ended; returns the best evaluation's score.
 
     Raises:
         KeyboardInterrupt: a signal stopped it cleanly.
     """
-    if (folder / CONFIG).exists() and is_main_process():
-        raise UsageError(f"{folder} already holds a run: continue it with resume={folder} or choose another out=")
-    return _train(config, folder)
-
-
-def _train(config: DictConfig, folder: Path) -> float:
     outcome = train_policy(config, folder)
     if not outcome.finished:
         raise KeyboardInterrupt(f"stopped at step {outcome.step}; go on with: flowsteer train resume={folder}")
@@ -58,5 +59,5 @@ def main(args: Sequence[str] | None = None) -> int:
     folder = resumed_run(args)
     if folder is None:
         return application(args)
-    _train(resumed_config(folder, args), folder)
+    train(resumed_config(folder, args), folder)
     return 0

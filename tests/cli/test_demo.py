@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flowsteer.cli.main import main
+
+
+def test_the_demo_collects_trains_and_judges_and_goes_on_where_it_ended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("robosuite")
+    # In this process: workers would each import everything anew.
+    monkeypatch.setattr("flowsteer.cli.collect._workers", lambda config, task: 1)
+    monkeypatch.setattr("flowsteer.sim.gym_env._usable_cores", lambda: 0)
+    options = ["demonstrations=2", "steps=3", "episodes=1", "videos=0", f"out={tmp_path / 'demo'}"]
+    assert main(["demo", *options]) == 0
+    folder = tmp_path / "demo"
+    shown = [Path(line.strip()) for line in capsys.readouterr().out.splitlines() if line.startswith("  /")]
+    assert {path.name for path in shown} >= {"episodes.png", "eval.json"}
+    written = (folder / "demonstrations" / "lift.zarr").stat().st_mtime_ns
+    monkeypatch.setattr("flowsteer.cli.eval.run", lambda config, folder: 1.0)
+    assert main(["demo", *options, "steps=4"]) == 0
+    assert (folder / "demonstrations" / "lift.zarr").stat().st_mtime_ns == written
+    assert json.loads((folder / "policy" / "last" / "trainer.json").read_text())["step"] == 4
