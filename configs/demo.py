@@ -18,7 +18,7 @@ class DemoConfig:
         out: the folder; runs/demo when not given. What is there already is not done again.
     """
 
-    demonstrations: int = 100
+    demonstrations: int = 200
     steps: int = 3000
     episodes: int = 50
     videos: int = 3
