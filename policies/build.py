@@ -1,7 +1,7 @@
 """Configs -> objects, restricted to code that the user chose to install as part of the stack.
 
 A checkpoint's config names classes by their dotted path and may have been downloaded, so a path is code that a
-stranger asks to run. Only public classes and functions *defined* in the rooms below are ever called.
+stranger asks to run. Only what is marked `configurable` and *defined* in the rooms below is ever called.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from flowsteer.policies.errors import PolicyError
 
-ROOMS = tuple(f"flowsteer.{room}" for room in ("datasets", "policies", "sim", "rl_finetune", "real_robot"))
+ROOMS = tuple(f"flowsteer.{room}" for room in ("policies", "sim", "rl_finetune"))
 """Rooms of building blocks; commands and configs are not among them."""
 
 OBJECT = "hydra_zen.funcs.get_obj"
@@ -80,14 +80,30 @@ def locate(path: Any) -> Callable[..., Any]:
     found = getattr(module, name, None)
     if found is None:
         raise PolicyError(f"there is no '{path}': was the config written by another version?")
-    if not (inspect.isclass(found) or inspect.isfunction(found)) or not _trusted(found.__module__):
+    if (
+        not (inspect.isclass(found) or inspect.isfunction(found))
+        or not _trusted(found.__module__)
+        or not _marked(found)
+    ):
         raise _refusal(path, str(getattr(found, "__module__", type(found).__module__)).split(".")[0])
     return found
 
 
+def _extra() -> list[str]:
+    return [package.strip() for package in os.environ.get("FLOWSTEER_TRUST", "").split(",") if package.strip()]
+
+
+def _within(module_name: str, packages: Sequence[str]) -> bool:
+    return any((module_name + ".").startswith(package + ".") for package in packages)
+
+
 def _trusted(module_name: str) -> bool:
-    extra = [package.strip() for package in os.environ.get("FLOWSTEER_TRUST", "").split(",")]
-    return any((module_name + ".").startswith(package + ".") for package in [*ROOMS, *extra] if package)
+    return _within(module_name, [*ROOMS, *_extra()])
+
+
+def _marked(found: Any) -> bool:
+    """Whether our own code offers itself to configs; packages that the user trusts need no mark."""
+    return getattr(found, "configurable", False) is True or _within(found.__module__, _extra())
 
 
 def _refusal(path: Any, package: str) -> PolicyError:

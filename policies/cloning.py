@@ -24,6 +24,7 @@ from flowsteer.policies.policy import Draws, Loss, Policy
 from flowsteer.policies.precision import choose_dtype
 from flowsteer.policies.random_state import pack_random, unpack_random
 from flowsteer.policies.signals import StopRequest
+from flowsteer.policies.spec import configurable
 
 Batch = Mapping[str, Any]
 
@@ -52,6 +53,7 @@ Evaluate = Callable[[Policy, int], tuple[dict[str, float], float]]
 """Averaged policy, step -> numbers for the log, score (higher is better)."""
 
 
+@configurable
 @dataclass(frozen=True)
 class CloningConfig:
     """Hyper-parameters of the loop; `every` values count optimiser steps, 0 means never.

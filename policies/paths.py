@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flowsteer.policies.errors import PolicyError
+from flowsteer.policies.spec import configurable
 
 
 def expand(coefficient: Tensor, x: Tensor) -> Tensor:
@@ -21,6 +22,7 @@ def expand(coefficient: Tensor, x: Tensor) -> Tensor:
     return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim))
 
 
+@configurable
 class Path(nn.Module, ABC):
     """The pair alpha(t), sigma(t). alpha falls from 1, sigma rises from 0."""
 
@@ -54,6 +56,7 @@ class LinearPath(Path):
         return -torch.ones_like(t), torch.ones_like(t)
 
 
+@configurable
 def cosine_betas(train_steps: int) -> Tensor:
     """Squared-cosine betas capped at 0.999 [train_steps], float64 (Nichol & Dhariwal 2021)."""
 
@@ -64,6 +67,7 @@ def cosine_betas(train_steps: int) -> Tensor:
     return (1 - alpha_bar(t[1:]) / alpha_bar(t[:-1])).clamp(max=0.999)
 
 
+@configurable
 def linear_betas(train_steps: int) -> Tensor:
     """DDPM's betas, 1e-4 to 0.02 at 1000 steps, rescaled to `train_steps` [train_steps] (Ho et al. 2020)."""
     scale = 1000 / train_steps

@@ -14,7 +14,7 @@ from flowsteer.policies.encoders.base import EncoderFactory
 from flowsteer.policies.errors import PolicyError
 from flowsteer.policies.normalizer import KeyStatistics, Normalizer
 from flowsteer.policies.samplers import Generators
-from flowsteer.policies.spec import ArraySpec, PolicySpec
+from flowsteer.policies.spec import ArraySpec, PolicySpec, configurable
 
 Observation = Mapping[str, Tensor]
 Draws = tuple[Tensor, ...]
@@ -29,6 +29,7 @@ class Loss(NamedTuple):
     parts: dict[str, Tensor]
 
 
+@configurable
 class Policy(nn.Module, ABC):
     """A distribution over action chunks given observations.
 

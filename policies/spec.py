@@ -16,11 +16,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from flowsteer.policies.errors import PolicyError
 
+Block = TypeVar("Block")
 
+
+def configurable(block: Block) -> Block:
+    """Mark a class (with its subclasses) or a function as one that a config may build.
+
+    A config may come with a stranger's checkpoint: whatever carries this mark must be harmless with any arguments, so
+    it opens no file, imports nothing by name and starts nothing.
+    """
+    setattr(block, "configurable", True)  # noqa: B010 - mypy knows no such attribute
+    return block
+
+
+@configurable
 @dataclass(frozen=True)
 class ArraySpec:
     """One array of one time step: `shape` without batch and time; `dtype` "float32" or "uint8" (images H, W, C)."""
@@ -29,6 +42,7 @@ class ArraySpec:
     dtype: str = "float32"
 
 
+@configurable
 @dataclass(frozen=True)
 class PolicySpec:
     """The frozen contract stored in a checkpoint.

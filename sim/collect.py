@@ -20,6 +20,7 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
+from flowsteer.policies.spec import configurable
 from flowsteer.sim.environ import environment
 from flowsteer.sim.errors import SimError
 from flowsteer.sim.experts import Expert, Floats
@@ -36,6 +37,7 @@ IN_FLIGHT = 2
 """Episodes that each worker is ahead of the one that is waited for."""
 
 
+@configurable
 @dataclass(frozen=True)
 class ActionNoise:
     """What is done differs from what the expert wants, so that demonstrations show how to recover (Laskey 2017, DART).

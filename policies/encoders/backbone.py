@@ -7,7 +7,10 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from flowsteer.policies.spec import configurable
 
+
+@configurable
 class Backbone(nn.Module, ABC):
     """Images [N, C, H, W] in [-1, 1] -> vectors [N, feature_dim].
 

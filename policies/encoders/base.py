@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from flowsteer.policies.spec import ArraySpec
+from flowsteer.policies.spec import ArraySpec, configurable
 
 
+@configurable
 class Encoder(nn.Module, ABC):
     """Observations {key: [B, To, ...]} -> features [B, To, F].
 

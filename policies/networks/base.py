@@ -6,10 +6,13 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
+from flowsteer.policies.spec import configurable
+
 Features = tuple[Tensor, ...]
 """What a network has computed of times or observations alone; every tensor has a leading batch (or grid) dimension."""
 
 
+@configurable
 class Network(nn.Module, ABC):
     """x_t, t, observation -> raw prediction of the chunk's shape.
 

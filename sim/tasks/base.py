@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from flowsteer.policies.spec import configurable
 from flowsteer.sim.spec import TaskSpec
 
 Array = NDArray[Any]
@@ -66,6 +67,7 @@ class SingleEnv(ABC):
         """Free everything; safe to call twice."""
 
 
+@configurable
 class Task(ABC):
     """How to make an environment, and what it offers.
 

@@ -17,7 +17,7 @@ from abc import ABC
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
-from flowsteer.policies.spec import ArraySpec
+from flowsteer.policies.spec import ArraySpec, configurable
 from flowsteer.sim.errors import SimError, optional_module
 from flowsteer.sim.spec import TaskSpec
 from flowsteer.sim.tasks.base import DatasetKey, Task
@@ -138,6 +138,7 @@ class Square(RobosuiteTask):
 ROBOSUITE_TASKS: dict[str, type[RobosuiteTask]] = {task.world.env_name: task for task in (Lift, Can, Square)}
 
 
+@configurable
 def task_from_env_args(env_args: Mapping[str, Any]) -> RobosuiteTask:
     """The task that a robomimic data set was recorded in.
 

@@ -58,6 +58,11 @@ def test_partial_waits_for_the_rest_and_keywords_win() -> None:
         "subprocess.run",
         "builtins.eval",
         "torch.load",
+        "flowsteer.datasets.temporary.ForgivingFile",
+        "flowsteer.sim.errors.optional_module",
+        "flowsteer.policies.checkpoint.save_checkpoint",
+        "flowsteer.policies.random_state.seed_everything",
+        "flowsteer.policies.ema.Ema",
         "flowsteer.cli.main.main",
         "flowsteer.policies.paths.Callable",
         "flowsteer.policies.build.Path.home",
@@ -111,3 +116,12 @@ def test_arguments_that_do_not_fit_are_named() -> None:
     with pytest.raises(PolicyError, match="needs '_target_', got the keys \\['steps'\\]"):
         build({"steps": 3})
     assert isinstance(build({"_target_": "flowsteer.policies.paths.LinearPath"}), LinearPath)
+
+
+def test_what_a_stranger_nests_is_refused_before_anything_is_called(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    evil = {"_target_": "flowsteer.datasets.temporary.ForgivingFile", "file": str(precious), "mode": "w"}
+    with pytest.raises(PolicyError, match=r"not a building block of flowsteer"):
+        build({"_target_": PATH, "train_steps": evil})
+    assert precious.read_text() == "mine"
