@@ -24,7 +24,8 @@ Vector = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class KeyStatistics:
-    """Over `count` frames; each array float64 in the shape of one frame ([C] for images: per channel, in 0..255).
+    """Over `count` frames; each array float64 in the shape of one frame ([C] for images: per channel, in 0..255; [1]
+    for one number per frame).
 
     `std` is the population's (divided by the count).
     """
@@ -52,7 +53,7 @@ def statistics(
 
 def _of_key(buffer: ReplayBuffer, key: str, mask: NDArray[np.bool_]) -> KeyStatistics:
     array = buffer.array(key)
-    shape = array.shape[-1:] if is_image(array) else array.shape[1:]
+    shape = array.shape[-1:] if is_image(array) else (array.shape[1:] or (1,))
     low, high = np.full(shape, np.inf), np.full(shape, -np.inf)
     mean, squares, count = np.zeros(shape), np.zeros(shape), 0
     for start, block in _episode_blocks(buffer, array, mask):
@@ -77,5 +78,6 @@ def _episode_blocks(buffer: ReplayBuffer, array: Array, mask: NDArray[np.bool_])
 
 
 def _as_samples(array: Array, block: NDArray[Any]) -> Vector:
-    values = block.reshape(-1, block.shape[-1]) if is_image(array) else block
+    shape = (-1, block.shape[-1]) if is_image(array) else (len(block), *(block.shape[1:] or (1,)))
+    values = block.reshape(shape)
     return np.asarray(values, dtype=np.float64)

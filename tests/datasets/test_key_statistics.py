@@ -53,10 +53,12 @@ def test_images_have_statistics_per_channel():
     assert found.count == 4
 
 
-def test_scalars_and_other_shapes_keep_theirs():
+def test_one_number_per_frame_is_one_channel_and_other_shapes_keep_theirs():
     buffer = ReplayBuffer({"r": np.arange(4.0), "p": np.zeros((4, 9, 2))}, np.array([4]))
     found = statistics(buffer, ["r", "p"])
-    assert (found["r"].mean.shape, float(found["r"].mean)) == ((), 1.5)
+    assert all(getattr(found["r"], name).shape == (1,) for name in ("min", "max", "mean", "std"))
+    assert (found["r"].min[0], found["r"].max[0], found["r"].mean[0], found["r"].count) == (0, 3, 1.5, 4)
+    assert found["r"].std[0] == pytest.approx(np.sqrt(1.25))
     assert found["p"].mean.shape == (9, 2)
 
 
