@@ -171,7 +171,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _prefixed(prefix: str, policy: Policy) -> dict[str, Tensor]:
-    return {f"{prefix}{key}": value.detach().clone() for key, value in policy.state_dict().items()}
+    return {f"{prefix}{key}": value.detach().to("cpu", copy=True) for key, value in policy.state_dict().items()}
 
 
 def _first_line(error: BaseException) -> str:

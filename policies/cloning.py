@@ -7,6 +7,7 @@ in simulation come in as arguments, so nothing here knows of data sets or simula
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from flowsteer.policies import checkpoint
 from flowsteer.policies.ema import Ema
 from flowsteer.policies.errors import PolicyError
 from flowsteer.policies.policy import Draws, Loss, Policy
-from flowsteer.policies.precision import choose_dtype
+from flowsteer.policies.precision import DTYPES, choose_dtype
 from flowsteer.policies.random_state import pack_random, unpack_random
 from flowsteer.policies.signals import StopRequest
 from flowsteer.policies.spec import configurable
@@ -48,6 +49,9 @@ class Log(Protocol):
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record values by name at an optimiser step."""
 
+
+AGREE_EVERY = 10
+"""Steps between the moments at which several processes ask each other whether to stop."""
 
 Evaluate = Callable[[Policy, int], tuple[dict[str, float], float]]
 """Averaged policy, step -> numbers for the log, score (higher is better)."""
@@ -91,11 +95,12 @@ class CloningConfig:
     save_every: int = 1000
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.lr <= 0 or self.log_every < 1:
-            raise PolicyError(
-                f"train.steps, train.lr and train.log_every must be positive, got {self.steps}, {self.lr:g}, "
-                f"{self.log_every}"
-            )
+        for name in ("steps", "lr", "grad_clip", "log_every"):
+            if not getattr(self, name) > 0:
+                raise PolicyError(f"train.{name} must be positive, got {getattr(self, name):g}")
+        for name in ("warmup_steps", "weight_decay", "validate_every", "evaluate_every", "save_every"):
+            if not getattr(self, name) >= 0:
+                raise PolicyError(f"train.{name} must not be negative, got {getattr(self, name):g}")
 
 
 def learning_rate(step: int, config: CloningConfig) -> float:
@@ -119,6 +124,8 @@ class Progress:
 
     step: int = 0
     best_score: float = -math.inf
+    best_unsaved: bool = False
+    saved_step: int = -1
     train_s: float = 0.0
     loss_sum: Tensor | None = field(default=None, repr=False)
     losses: int = 0
@@ -162,6 +169,9 @@ class Cloning:
         self.noise = torch.Generator().manual_seed(seed)
         self.dtype = choose_dtype(config.precision, self.device)
         self.progress = Progress()
+        if self.accelerator.process_index:
+            # The weights are equal by now; dropout and augmentation must differ between the processes.
+            torch.manual_seed(seed + self.accelerator.process_index)
         model: nn.Module = self.accelerator.prepare(self.policy)
         self.model: Callable[[Batch, Draws], Loss] = torch.compile(model) if config.compile else model
 
@@ -172,10 +182,14 @@ class Cloning:
         validation: Callable[[], Iterable[Batch]] | None = None,
         evaluate: Evaluate | None = None,
     ) -> bool:
-        """Run to `config.steps`; False when a signal stopped it early (the last step is saved in both cases)."""
+        """Run to `config.steps`; False when a signal stopped it early (the last step is saved in both cases).
+
+        Raises:
+            PolicyError: the loss or the weights are not finite; the last good checkpoint stays.
+        """
         every, progress = self.config, self.progress
-        with StopRequest() as stop:
-            while progress.step < self.config.steps and not stop.requested:
+        with StopRequest(patient=self.accelerator.num_processes > 1) as stop:
+            while progress.step < self.config.steps and not self._stopped(stop):
                 self._timed_update()
                 if self._due(every.log_every):
                     log.log(progress.step, self._train_numbers())
@@ -183,7 +197,7 @@ class Cloning:
                     log.log(progress.step, {"val/loss": self.validate(validation())})
                 if evaluate is not None and self._due(every.evaluate_every):
                     self._evaluate(evaluate, log)
-                if self._due(every.save_every) or self._best_unsaved:
+                if self._due(every.save_every) or progress.best_unsaved:
                     self.save()
             self.save()
         return progress.step >= self.config.steps
@@ -213,16 +227,25 @@ class Cloning:
         return total / rows
 
     def save(self) -> None:
-        """Write `folder/checkpoints/STEP`, point `last` (and `best`) at it, drop the others."""
+        """Write `folder/checkpoints/STEP`, point `last` (and `best`) at it, drop the others.
+
+        Raises:
+            PolicyError: the loss or the weights are not finite; nothing is written then.
+        """
+        self._check_finite()
+        progress = self.progress
         if self.folder is not None and self.accelerator.is_main_process:
-            target = self.folder / "checkpoints" / f"{self.progress.step:08d}"
-            if not target.exists():
+            target = self.folder / "checkpoints" / f"{progress.step:08d}"
+            if progress.saved_step != progress.step:
+                # What an earlier run left under this name is another state.
+                shutil.rmtree(target, ignore_errors=True)
                 checkpoint.save_checkpoint(target, self.policy, self.ema.average, self.describe, self.state())
-            checkpoint.link(self.folder, "last", target)
-            if self._best_unsaved:
+            # In this order: a kill in between goes back to the older state, which will find its best again.
+            if progress.best_unsaved:
                 checkpoint.link(self.folder, "best", target)
+            checkpoint.link(self.folder, "last", target)
             checkpoint.prune(self.folder)
-        self._best_unsaved = False
+        progress.best_unsaved, progress.saved_step = False, progress.step
 
     def state(self) -> checkpoint.TrainerState:
         """All that resuming needs beyond the two sets of weights."""
@@ -264,14 +287,14 @@ class Cloning:
                 if parameter.requires_grad
             }
         self.noise.set_state(tensors["noise"])
-        best = values["best_score"]
-        self.progress = Progress(values["step"], -math.inf if best is None else best, values["train_s"])
+        best = -math.inf if values["best_score"] is None else values["best_score"]
+        step = values["step"]
+        self.progress = Progress(step, best_score=best, saved_step=step, train_s=values["train_s"])
         self.ema.updates = values["ema_updates"]
-        self.dtype = getattr(torch, values["dtype"])
+        if self.config.precision == "auto":
+            self.dtype = DTYPES[values["dtype"]]
         self.batches.load_state_dict(values["batches"])
         unpack_random(values["random"], tensors)
-
-    _best_unsaved = False
 
     def _timed_update(self) -> None:
         started = time.perf_counter()
@@ -283,18 +306,43 @@ class Cloning:
         progress.train_s += time.perf_counter() - started
 
     def _due(self, every: int) -> bool:
-        return every > 0 and self.progress.step % every == 0
+        """Whether something is due now that happens every so many steps, and at the last one."""
+        step = self.progress.step
+        return every > 0 and (step % every == 0 or step == self.config.steps)
+
+    def _stopped(self, stop: StopRequest) -> bool:
+        """Whether to stop: all processes agree, since one that leaves alone would let the others wait for ever."""
+        if self.accelerator.num_processes == 1:
+            return stop.requested
+        if self.progress.step % AGREE_EVERY:
+            return False
+        flag = torch.tensor(float(stop.requested), device=self.device)
+        return bool(self.accelerator.reduce(flag, "sum").item() > 0)
+
+    def _check_finite(self) -> None:
+        """What has run since the last line of the log, and what it made of the weights."""
+        pending = self.progress.loss_sum
+        values = [p.isfinite().all() for p in self.policy.parameters()]
+        values += [pending.isfinite()] if pending is not None else []
+        if not bool(torch.stack(values).all()):
+            raise self._not_finite("the loss or a weight")
+
+    def _not_finite(self, what: str) -> PolicyError:
+        return PolicyError(
+            f"{what} is not finite at step {self.progress.step}: lower train.lr or set train.precision=float32; "
+            f"the last good checkpoint is kept"
+        )
 
     def _train_numbers(self) -> dict[str, float]:
         progress = self.progress
         assert progress.loss_sum is not None
+        # On a GPU this waits for the steps that were only launched: their time is training time.
+        started = time.perf_counter()
         mean = self.accelerator.reduce(progress.loss_sum / progress.losses, "mean").item()
+        progress.train_s += time.perf_counter() - started
         progress.loss_sum, progress.losses = None, 0
         if not math.isfinite(mean):
-            raise PolicyError(
-                f"the loss is {mean} at step {progress.step}: lower train.lr or train.precision=float32; "
-                f"the last good checkpoint is kept"
-            )
+            raise self._not_finite("the loss")
         rate = learning_rate(progress.step - 1, self.config)
         return {"train/loss": mean, "train/lr": rate, "train/train_s": progress.train_s}
 
@@ -302,11 +350,17 @@ class Cloning:
         """Evaluate on the main process; what the simulator draws must not change what training draws."""
         if self.accelerator.is_main_process:
             random, tensors = pack_random()
-            numbers, score = evaluate(self.ema.average, self.progress.step)
-            unpack_random(random, tensors)
+            try:
+                numbers, score = evaluate(self.ema.average, self.progress.step)
+            except Exception:
+                # A simulator that fails must not cost what has been learnt.
+                self.save()
+                raise
+            finally:
+                unpack_random(random, tensors)
             log.log(self.progress.step, numbers)
             if score > self.progress.best_score:
-                self.progress.best_score, self._best_unsaved = score, True
+                self.progress.best_score, self.progress.best_unsaved = score, True
         self.accelerator.wait_for_everyone()
 
     def _draws(self) -> Draws:

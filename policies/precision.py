@@ -16,7 +16,7 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     if precision != "auto":
         return pick(DTYPES, precision, "train.precision")
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     float32_s, bfloat16_s = (_matmul_s(dtype) for dtype in (torch.float32, torch.bfloat16))
     # Casts and norms stay in float32, so a small gain in the products is a loss in the whole.
     return torch.bfloat16 if bfloat16_s < 0.7 * float32_s else torch.float32

@@ -8,12 +8,16 @@ from types import FrameType, TracebackType
 
 
 class StopRequest:
-    """Within the context the first SIGINT or SIGTERM sets `requested`; the second acts as it always does."""
+    """Within the context the first SIGINT or SIGTERM sets `requested`; the second acts as it always does.
+
+    Args:
+        patient: ignore the second as well: a launcher of several processes repeats what the terminal sent to all.
+    """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, patient: bool = False) -> None:
+        self.requested, self._patient = False, patient
 
     def __enter__(self) -> StopRequest:
         # Handlers can only be set from the main thread; elsewhere the owner of that thread decides.
@@ -29,7 +33,8 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        self._restore()
+        if not self._patient:
+            self._restore()
 
     def _restore(self) -> None:
         if self._active:

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ def test_validation_does_not_disturb_training(make_run: Callable[..., Cloning], 
     log = Numbers()
     validated.train(log, validation=lambda: [make_batch(8), make_batch(3)])
     assert same(plain, validated)
-    assert sorted(log.of("val/loss")) == [5, 10]
+    assert sorted(log.of("val/loss")) == [5, 10, 12]
 
 
 def test_the_best_checkpoint_is_kept(tmp_path: Path, make_run: Callable[..., Cloning]) -> None:
@@ -156,37 +156,96 @@ def test_a_signal_stops_after_saving(tmp_path: Path, make_run: Callable[..., Clo
     assert resolve(tmp_path).name == "00000003"
 
 
-def test_a_loss_that_is_not_finite(
-    tmp_path: Path, make_run: Callable[..., Cloning], make_batch: Callable[..., Any]
+class Poisoned:
+    """Batches of which one holds a NaN."""
+
+    def __init__(self, make_batch: Callable[..., Any], at: int) -> None:
+        self.make_batch, self.at, self.number = make_batch, at, 0
+
+    def __next__(self) -> Any:
+        batch = self.make_batch(16, self.number)
+        if self.number == self.at:
+            batch["action"][0, 0, 0] = math.nan
+        self.number += 1
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("log_every", "message"),
+    [(3, r"the loss is not finite at step 6: lower train.lr"), (100, r"the loss or a weight is not finite at step 8")],
+)
+def test_what_is_not_finite_never_replaces_a_good_checkpoint(
+    log_every: int, message: str, tmp_path: Path, make_run: Callable[..., Cloning], make_batch: Callable[..., Any]
 ) -> None:
-    run = make_run("flow", tmp_path)
-
-    def poisoned() -> Iterator[Any]:
-        for number in range(100):
-            batch = make_batch(16, number)
-            if number == 5:
-                batch["action"][0, 0, 0] = math.nan
-            yield batch
-
-    class Source:
-        batches = poisoned()
-
-        def __next__(self) -> Any:
-            return next(self.batches)
-
-        def state_dict(self) -> dict[str, Any]:
-            return {}
-
-    run.batches = Source()  # type: ignore[assignment]
-    with pytest.raises(PolicyError, match=r"the loss is nan at step 6: lower train.lr"):
+    run = make_run("flow", tmp_path, CloningConfig(**{**vars(CONFIG), "log_every": log_every}))
+    run.batches = Poisoned(make_batch, at=5)  # type: ignore[assignment]
+    with pytest.raises(PolicyError, match=message):
         run.train(Numbers())
     assert resolve(tmp_path).name == "00000004"
     assert all(torch.isfinite(p).all() for p in load_policy(tmp_path).parameters())
 
 
-def test_refusals(make_run: Callable[..., Cloning]) -> None:
-    with pytest.raises(PolicyError, match=r"train.steps, train.lr and train.log_every must be positive"):
-        CloningConfig(steps=0)
+def test_everything_is_due_at_the_last_step(
+    tmp_path: Path, make_run: Callable[..., Cloning], make_batch: Callable[..., Any]
+) -> None:
+    config = CloningConfig(**{**vars(CONFIG), "steps": 5, "log_every": 3, "validate_every": 4, "evaluate_every": 100})
+    run, log = make_run("flow", tmp_path, config), Numbers()
+    run.train(log, validation=lambda: [make_batch(8)], evaluate=lambda policy, step: ({"eval/success": 0.5}, 0.5))
+    assert sorted(log.of("train/loss")) == [3, 5]
+    assert sorted(log.of("val/loss")) == [4, 5]
+    assert sorted(log.of("eval/success")) == [5]
+    assert resolve(tmp_path / "best").name == "00000005"
+
+
+def test_an_evaluation_that_fails_costs_nothing_of_what_was_learnt(
+    tmp_path: Path, make_run: Callable[..., Cloning]
+) -> None:
+    def evaluate(policy: Policy, step: int) -> tuple[dict[str, float], float]:
+        raise RuntimeError("the simulator died")
+
+    run = make_run("flow", tmp_path, CloningConfig(**{**vars(CONFIG), "evaluate_every": 7}))
+    with pytest.raises(RuntimeError, match="the simulator died"):
+        run.train(Numbers(), evaluate=evaluate)
+    assert resolve(tmp_path).name == "00000007"
+
+
+def test_the_precision_can_be_changed_when_resuming(tmp_path: Path, make_run: Callable[..., Cloning]) -> None:
+    run = make_run("flow", tmp_path)
+    run._timed_update()
+    run.save()
+    for precision, dtype in (("auto", torch.float32), ("bfloat16", torch.bfloat16)):
+        resumed = make_run("flow", tmp_path, CloningConfig(**{**vars(CONFIG), "precision": precision}))
+        resumed.resume(tmp_path)
+        assert resumed.dtype == dtype
+
+
+def test_a_step_that_an_earlier_run_left_is_written_anew(tmp_path: Path, make_run: Callable[..., Cloning]) -> None:
+    stale = tmp_path / "checkpoints" / "00000004"
+    stale.mkdir(parents=True)
+    (stale / "policy.safetensors").write_bytes(b"old")
+    run = make_run("flow", tmp_path, CloningConfig(**{**vars(CONFIG), "steps": 4}))
+    run.train(Numbers())
+    assert all(torch.isfinite(p).all() for p in load_policy(tmp_path).parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, r"train.steps must be positive, got 0"),
+        ({"grad_clip": 0.0}, r"train.grad_clip must be positive, got 0"),
+        ({"lr": math.nan}, r"train.lr must be positive, got nan"),
+        ({"warmup_steps": -5}, r"train.warmup_steps must not be negative, got -5"),
+    ],
+)
+def test_impossible_hyper_parameters(options: dict[str, float], message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        CloningConfig(**options)  # type: ignore[arg-type]
+
+
+def test_an_unknown_precision_names_the_nearest(make_run: Callable[..., Cloning]) -> None:
     with pytest.raises(PolicyError, match=r"train.precision 'bf16' is unknown; nearest: bfloat16"):
         make_run("flow", config=CloningConfig(precision="bf16"))
 
