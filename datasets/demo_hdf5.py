@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from flowsteer.datasets import json_text
 from flowsteer.datasets.errors import DataError
 from flowsteer.datasets.replay_buffer import ACTION, ReplayBuffer
 from flowsteer.datasets.source import Column, Reader, Source
@@ -73,11 +74,13 @@ def open_source(path: Path) -> Source:
             )
             for name, dataset in datasets[0].items()
         }
-        return Source(path, columns, np.cumsum(lengths), _meta(file["data"], [file[name] for name in demos]))
+        return Source(path, columns, np.cumsum(lengths), _meta(path, file["data"], [file[name] for name in demos]))
 
 
 def _demo_names(path: Path, file: h5py.File) -> list[str]:
-    names = [f"data/{name}" for name in file.get("data", {}) if "actions" in file["data"][name]]
+    data = file.get("data")
+    groups = data.items() if isinstance(data, h5py.Group) else ()
+    names = [f"data/{name}" for name, demo in groups if isinstance(demo, h5py.Group) and "actions" in demo]
     if not names:
         raise DataError(f"{path}: an HDF5 file without 'data/demo_*/actions': give a robomimic or robosuite file")
     return sorted(names, key=lambda name: (len(name), name))
@@ -115,12 +118,12 @@ def _read(path: Path, demos: list[str], name: str) -> Iterator[NDArray[Any]]:
             yield file[demo][name][:]
 
 
-def _meta(data: h5py.Group, demos: list[h5py.Group]) -> dict[str, Any]:
+def _meta(path: Path, data: h5py.Group, demos: list[h5py.Group]) -> dict[str, Any]:
     meta: dict[str, Any] = {"format": "robomimic HDF5" if "env_args" in data.attrs else "robosuite demo.hdf5"}
     if "env_args" in data.attrs:
-        meta["env_args"] = json.loads(data.attrs["env_args"])
+        meta["env_args"] = _attribute(path, data, "env_args")
     elif "env_info" in data.attrs:
-        kwargs = json.loads(data.attrs["env_info"])
+        kwargs = _attribute(path, data, "env_info")
         version = str(data.attrs.get("repository_version", ""))
         meta["env_args"] = {
             "env_name": kwargs.pop("env_name", str(data.attrs.get("env", ""))),
@@ -133,6 +136,13 @@ def _meta(data: h5py.Group, demos: list[h5py.Group]) -> dict[str, Any]:
         meta["control_hz"] = rate
     episodes = {key: [str(demo.attrs[key]) for demo in demos] for key in EPISODE_ATTRIBUTES if key in demos[0].attrs}
     return {**meta, "episodes": episodes} if episodes else meta
+
+
+def _attribute(path: Path, data: h5py.Group, name: str) -> dict[str, Any]:
+    told = json_text.parse(data.attrs[name], f"{path}: attribute '{name}'")
+    if not isinstance(told, dict):
+        raise DataError(f"{path}: attribute '{name}' is no JSON object but {told!r:.40}: write it again")
+    return told
 
 
 def _simulated_hz(demo: h5py.Group) -> float | None:

@@ -8,7 +8,6 @@ loaded. Clocks may start anywhere: an episode's first row belongs to its first v
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flowsteer.datasets import video
+from flowsteer.datasets import json_text, video
 from flowsteer.datasets.errors import DataError
 from flowsteer.datasets.images import decode
 from flowsteer.datasets.source import Column, Reader, Source
@@ -59,10 +58,7 @@ def open_source(path: Path) -> Source:
 
 def _read_info(path: Path) -> dict[str, Any]:
     file = path / "meta" / "info.json"
-    try:
-        info: dict[str, Any] = json.loads(file.read_text())
-    except ValueError as error:
-        raise DataError(f"{file}: not JSON ({error}): download it again") from error
+    info: dict[str, Any] = json_text.parse(file.read_text(), str(file))
     for key in ("fps", "total_frames", "features"):
         if key not in info:
             raise DataError(f"{file}: there is no key '{key}': this is not a LeRobot data set of version 2 or 3")
@@ -135,7 +131,8 @@ def _read_episodes(path: Path) -> list[dict[str, Any]]:
     """One row per episode, from either version's meta files."""
     lines = path / "meta" / "episodes.jsonl"
     if lines.is_file():
-        return [json.loads(line) for line in lines.read_text().splitlines() if line.strip()]
+        told = enumerate(lines.read_text().splitlines(), 1)
+        return [json_text.parse(line, f"{lines}: line {number}") for number, line in told if line.strip()]
     table = _read_tables(path, sorted((path / "meta" / "episodes").glob("**/*.parquet")))
     wanted = [name for name in table._table.column_names if not name.startswith("stats/")]
     rows: list[dict[str, Any]] = table._table.select(wanted).to_pylist()
@@ -189,13 +186,21 @@ def _video_columns(
             continue
         segments = _segments(path, key, episodes, np.split(timestamps, ends[:-1]))
         missing = [segment.file for segment in segments if not segment.file.is_file()]
-        shape = tuple(feature["shape"]) if missing else video.frame_shape(segments[0].file)
+        shape = tuple(feature["shape"]) if missing else _frame_shape(segments[0].file, feature)
         blocks = (
             partial(_absent, key, missing[0]) if missing else partial(video.read_frames, segments, float(info["fps"]))
         )
         note = f"{len(missing)} of {len(segments)} videos absent" if missing else ""
         columns[key] = Column(int(ends[-1]), shape, np.dtype(np.uint8), blocks, by_default=not missing, note=note)
     return columns
+
+
+def _frame_shape(file: Path, feature: Mapping[str, Any]) -> tuple[int, ...]:
+    """As the video has it; as it should be where that cannot be read, so that the other keys can be."""
+    try:
+        return video.frame_shape(file)
+    except DataError:
+        return tuple(feature["shape"])
 
 
 def _absent(key: str, file: Path) -> Iterator[NDArray[np.uint8]]:

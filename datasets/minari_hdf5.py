@@ -8,7 +8,6 @@ the last of each episode is left out.
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from flowsteer.datasets import json_text
 from flowsteer.datasets.demo_hdf5 import open_hdf5
 from flowsteer.datasets.errors import DataError
 from flowsteer.datasets.images import decode
@@ -109,9 +109,11 @@ def _frames(dataset: h5py.Dataset, length: int) -> NDArray[Any]:
 
 
 def _meta(path: Path) -> dict[str, Any]:
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    meta: dict[str, Any] = {"env_spec": json.loads(known["env_spec"])} if known.get("env_spec") else {}
-    return {**meta, **{key: known[key] for key in ("dataset_id", "minari_version") if key in known}}
+    known = json_text.parse(path.read_text(), str(path)) if path.is_file() else {}
+    meta = {key: known[key] for key in ("dataset_id", "minari_version") if key in known}
+    if known.get("env_spec"):
+        meta["env_spec"] = json_text.parse(known["env_spec"], f"{path}: 'env_spec'")
+    return meta
 
 
 READER = Reader("Minari", accepts, open_source)

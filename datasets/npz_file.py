@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from flowsteer.datasets.errors import DataError
 from flowsteer.datasets.minari_hdf5 import NAMES
-from flowsteer.datasets.source import Column, Reader, Source
+from flowsteer.datasets.source import Column, Reader, Source, whole_ends
 
 ENDS = "episode_ends"
 
@@ -32,7 +32,7 @@ def open_source(path: Path) -> Source:
     arrays = _load(path)
     if ENDS not in arrays:
         raise DataError(f"{path}: there is no key '{ENDS}': add it, the frame after each episode's last one")
-    ends = arrays.pop(ENDS).astype(np.int64)
+    ends = whole_ends(arrays.pop(ENDS), path)
     columns = {NAMES.get(name, name): _column(array) for name, array in arrays.items() if array.ndim}
     per_episode = len(ends) if len(ends) != ends[-1:].sum() else -1
     per_frame = {key: column for key, column in columns.items() if column.length != per_episode}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flowsteer.datasets import demo_hdf5, images, lerobot, minari_hdf5, npz_file, zarr_store
-from flowsteer.datasets.errors import DataError
+from flowsteer.datasets.errors import DataError, in_one_line
 from flowsteer.datasets.progress import progress_bar
 from flowsteer.datasets.replay_buffer import Array, ReplayBuffer, check_episode_ends, missing_key_error
 from flowsteer.datasets.source import Column, Reader, Source
@@ -69,22 +71,46 @@ def open_source(path: Path | str) -> Source:
     """Recognise the format and describe what is there, reading as little as possible.
 
     Raises:
-        DataError: if nothing is there or no reader knows the form.
+        DataError: if nothing is there, no reader knows the form, or the file is damaged.
     """
-    # Path() would drop nothing of `minari:ID`, and pathlib keeps its slashes.
-    place = Path(path).expanduser()
+    try:
+        # Path() would drop nothing of `minari:ID`, and pathlib keeps its slashes.
+        source = _reader(Path(path).expanduser()).open(Path(path).expanduser())
+    except DataError:
+        raise
+    except Exception as error:  # each format's library fails in its own ways over what it did not expect
+        raise DataError(
+            f"{path}: cannot be read ({in_one_line(error)}): it is damaged or departs from its format; "
+            f"copy, download or convert it again"
+        ) from error
+    return replace(source, columns={key: _if_numbers(path, key, column) for key, column in source.columns.items()})
+
+
+def _reader(path: Path) -> Reader:
     for reader in READERS:
-        if reader.accepts(place):
-            return reader.open(place)
-    if not place.exists():
+        if reader.accepts(path):
+            return reader
+    if not path.exists():
         raise DataError(
             f"{path}: no such file or folder: check the path, or fetch a public set with `flowsteer data fetch`"
         )
-    inner = [child for child in sorted(place.iterdir()) if _known(child)] if place.is_dir() else []
+    inner = [child for child in sorted(path.iterdir()) if _known(child)] if path.is_dir() else []
     if inner:
         raise DataError(f"{path}: this folder only holds the data set: give {inner[0]}")
     known = ", ".join(reader.name for reader in READERS)
     raise DataError(f"{path}: not a data set of a known form ({known}): convert it, see docs/data.md")
+
+
+def _if_numbers(path: Path | str, key: str, column: Column) -> Column:
+    """Text, dates and the like are told of, but only refused where somebody names them."""
+    if column.dtype.kind in "fiub":
+        return column
+    refuse = partial(_refuse, f"{path}: key '{key}' holds {column.dtype} and not numbers: leave it out or encode it")
+    return replace(column, blocks=refuse, by_default=False, note="not numbers")
+
+
+def _refuse(reason: str) -> Iterator[NDArray[Any]]:
+    raise DataError(reason)
 
 
 def _known(path: Path) -> bool:
@@ -132,7 +158,9 @@ def guarded(column: Column, name: str) -> Iterator[NDArray[Any]]:
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"{name} cannot be read ({error}): the file is damaged, copy or download it again") from error
+        raise DataError(
+            f"{name} cannot be read ({in_one_line(error)}): the file is damaged, copy or download it again"
+        ) from error
 
 
 def _fill(length: int, frames: Iterator[NDArray[Any]], name: str, *, in_memory: bool) -> NDArray[Any]:

@@ -11,6 +11,8 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from flowsteer.datasets.errors import DataError
+
 
 @dataclass(frozen=True)
 class Column:
@@ -49,11 +51,28 @@ class Source:
 
 @dataclass(frozen=True)
 class Reader:
-    """A format: `accepts` looks at a path's form (cheaply, never raises), `open` describes what is there.
+    """A format: `accepts` looks at a path's form (cheaply), `open` describes what is there.
 
-    `open` raises DataError naming the file and the remedy.
+    `open` raises DataError naming the file and the remedy for what it looks for; whatever else goes wrong in it is
+    turned into one by `opening.open_source`.
     """
 
     name: str
     accepts: Callable[[Path], bool]
     open: Callable[[Path], Source]
+
+
+def whole_ends(ends: NDArray[Any], path: Path) -> NDArray[np.int64]:
+    """Stored episode ends as int64 [E].
+
+    Raises:
+        DataError: if they are anything but whole numbers in a row.
+    """
+    # NaN and infinity leave no remainder of 0.
+    with np.errstate(invalid="ignore"):
+        if ends.ndim != 1 or ends.dtype.kind not in "fiu" or (ends % 1 != 0).any():
+            raise DataError(
+                f"{path}: key 'episode_ends' must be whole numbers [E], got {ends.dtype} {list(ends.shape)}: "
+                f"store the frame after each episode's last one"
+            )
+    return ends.astype(np.int64)

@@ -34,7 +34,7 @@ def frame_shape(file: Path) -> tuple[int, int, int]:
         with av.open(str(file)) as container:
             stream = container.streams.video[0]
             return stream.height, stream.width, 3
-    except (OSError, IndexError) as error:
+    except (OSError, IndexError, av.FFmpegError) as error:
         raise _unreadable(file, error) from error
 
 

@@ -13,10 +13,11 @@ import zarr
 from numpy.typing import NDArray
 from zarr.storage import ZipStore
 
+from flowsteer.datasets import json_text
 from flowsteer.datasets.errors import DataError
 from flowsteer.datasets.images import channel_axis
 from flowsteer.datasets.replay_buffer import BLOCK_BYTES, Array, ReplayBuffer, is_image
-from flowsteer.datasets.source import Column, Reader, Source
+from flowsteer.datasets.source import Column, Reader, Source, whole_ends
 from flowsteer.datasets.temporary import replaced_by
 
 GROUP_FILES = (".zgroup", "zarr.json")
@@ -46,12 +47,15 @@ def open_source(path: Path) -> Source:
     if absent:
         raise DataError(f"{path}: this zarr store has no '{absent[0]}' and is no replay buffer: see docs/data.md")
     arrays = dict(zarr.open_group(root.store_path / "data", mode="r").arrays())
-    ends = np.asarray(root["meta/episode_ends"][:])  # type: ignore[index]
+    ends = whole_ends(np.asarray(root["meta/episode_ends"][...]), path)  # type: ignore[index]
+    for name, array in arrays.items():
+        if array.ndim == 0:
+            raise DataError(f"{path}: key '{name}' is a single number and not one per frame: delete 'data/{name}'")
     return Source(
         path,
         {name: _column(array) for name, array in arrays.items()},
         ends,
-        {**_read_meta(root), "format": f"zarr v{root.metadata.zarr_format}"},
+        {**_read_meta(path, root), "format": f"zarr v{root.metadata.zarr_format}"},
         lambda: _check_chunks(path, arrays),
     )
 
@@ -77,11 +81,12 @@ def _check_chunks(path: Path, arrays: dict[str, zarr.Array[Any]]) -> None:
             )
 
 
-def _read_meta(root: zarr.Group) -> dict[str, Any]:
+def _read_meta(path: Path, root: zarr.Group) -> dict[str, Any]:
     told: Any = root.attrs.get("flowsteer", {})
     meta = dict(told)
     if "meta/episodes" in root:
-        meta["episodes"] = json.loads(bytes(np.asarray(root["meta/episodes"][:])))  # type: ignore[index]
+        stored = bytes(np.asarray(root["meta/episodes"][:]))  # type: ignore[index]
+        meta["episodes"] = json_text.parse(stored, f"{path}: 'meta/episodes'")
     return meta
 
 

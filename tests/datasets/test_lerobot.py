@@ -152,8 +152,9 @@ def test_absent_videos_matter_only_to_who_asks(dataset):
         open_dataset(dataset, keys=["action", CAMERA])
 
 
-def test_an_unreadable_video_is_refused_by_name(dataset):
-    file = sorted(dataset.glob("videos/**/*.mp4"))[1]
+@pytest.mark.parametrize("number", [0, 1])
+def test_an_unreadable_video_is_refused_by_name(dataset, number):
+    file = sorted(dataset.glob("videos/**/*.mp4"))[number]
     file.write_bytes(file.read_bytes()[:300])
     with pytest.raises(DataError, match=rf"{file.name}: the video cannot be read .*: download it again"):
         open_dataset(dataset)
@@ -206,8 +207,22 @@ def test_an_uneven_clock_is_refused_unless_asked_for(version_2):
 )
 def test_a_foreign_info_file_is_refused(dataset, content, message):
     (dataset / "meta/info.json").write_text(content)
-    with pytest.raises(DataError, match=rf"info.json: .*{message}"):
+    with pytest.raises(DataError, match=rf"info.json.* {message}"):
         open_dataset(dataset)
+
+
+def test_meta_files_cut_short_are_refused_by_name(dataset):
+    (file,) = [*dataset.glob("meta/episodes.jsonl"), *dataset.glob("meta/episodes/**/*.parquet")]
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(DataError, match=rf"{file.name}: (line 3 is not JSON|the parquet file is truncated)") as caught:
+        open_dataset(dataset)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_row_without_its_length_is_refused(version_2):
+    (version_2 / "meta/episodes.jsonl").write_text('{"episode_index": 0}')
+    with pytest.raises(DataError, match=r"v21: cannot be read \(KeyError: 'length'\): it is damaged or departs"):
+        open_dataset(version_2)
 
 
 def test_images_stored_in_the_table(version_2):
