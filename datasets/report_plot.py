@@ -20,7 +20,7 @@ def plot(report: Report, out_png: Path | str) -> Path:
     """Write the picture; an older one of that name is replaced.
 
     Raises:
-        DataError: if the disk is full.
+        DataError: if the disk is full; then the older one stays.
     """
     # Imported here: half a second that readers and training need not spend.
     from matplotlib.figure import Figure
@@ -40,8 +40,7 @@ def plot(report: Report, out_png: Path | str) -> Path:
         for axes, key in zip(row.subplots(1, len(cameras), squeeze=False)[0], cameras, strict=True):
             _draw_image(axes, key)
     figure.suptitle(f"{Path(report.path).name}: {len(report.lengths)} episodes, {report.lengths.sum()} frames")
-    target.unlink(missing_ok=True)
-    with replaced_by(target) as partial:
+    with replaced_by(target, overwrite=True) as partial:
         figure.savefig(partial, format="png", dpi=110)
     return target
 

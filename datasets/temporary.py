@@ -18,19 +18,21 @@ from flowsteer.datasets.errors import DataError
 
 
 @contextmanager
-def replaced_by(target: Path) -> Iterator[Path]:
+def replaced_by(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `target` to write a file or folder to; renamed to `target` at the end.
 
+    overwrite: an older file of that name, never a folder, is replaced, and stays if writing fails.
+
     Raises:
-        DataError: if `target` exists, or writing failed (full disk, no permission); the temporary is removed.
+        DataError: if `target` exists otherwise, or writing failed (full disk, no permission); the temporary is removed.
     """
-    if target.exists():
+    if target.exists() and not (overwrite and target.is_file()):
         raise DataError(f"{target}: already exists: remove it or choose another name")
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield partial
-        os.rename(partial, target)
+        os.replace(partial, target)
     except OSError as error:
         reason = error.strerror or error
         raise DataError(f"{target}: cannot be written ({reason}): free disk space or choose another place") from error

@@ -92,6 +92,25 @@ def test_the_picture_is_drawn_and_replaced(spoiled, tmp_path):
     assert [child.name for child in path.parent.iterdir()] == ["report.png"]
 
 
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(spoiled, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "out/report.png"
+    path.parent.mkdir()
+    path.write_bytes(b"old")
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    with pytest.raises(DataError, match=r"report.png: cannot be written \(No space left on device\)"):
+        plot(inspect(spoiled), path)
+    assert [(child.name, child.read_bytes()) for child in path.parent.iterdir()] == [("report.png", b"old")]
+
+
+def test_a_folder_is_never_replaced_by_a_picture(spoiled, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(DataError, match="out: already exists"):
+        plot(inspect(spoiled), tmp_path / "out")
+
+
 def test_data_without_images_or_actions(tmp_path):
     write_zarr(ReplayBuffer({"state": np.zeros((5, 2))}, np.array([5])), tmp_path / "d.zarr")
     report = inspect(tmp_path / "d.zarr")
