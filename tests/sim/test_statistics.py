@@ -1,10 +1,12 @@
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flowsteer.sim import statistics
 from flowsteer.sim.statistics import bootstrap, wilson
 
 
@@ -38,6 +40,22 @@ def test_bootstrap_by_hand():
     assert bootstrap(np.full(7, 0.25)) == (0.25, 0.25, 0.25)
     # Two values: a resample has the mean 0, 1/2, 1 with probability 1/4, 1/2, 1/4.
     assert bootstrap(np.array([0.0, 1.0])) == (0.5, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("block_draws", [1, 700, 1 << 20])
+def test_the_size_of_the_blocks_changes_nothing(block_draws, monkeypatch):
+    monkeypatch.setattr(statistics, "BLOCK_DRAWS", block_draws)
+    values = np.random.default_rng(1).normal(size=37)
+    at_once = values[np.random.default_rng(0).integers(37, size=(10_000, 37))].mean(axis=1)
+    assert bootstrap(values)[1:] == tuple(np.quantile(at_once, (0.025, 0.975)))
+
+
+def test_bootstrap_needs_little_memory_for_many_values():
+    tracemalloc.start()
+    bootstrap(np.random.default_rng(1).normal(size=2000))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40e6  # all draws at once are 320 MB
 
 
 def test_bootstrap_agrees_with_the_normal_interval_for_many_values():
