@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flowsteer.policies.spec import configurable
+from flowsteer.sim.cores import SINGLE_THREADED
 from flowsteer.sim.environ import environment
 from flowsteer.sim.errors import SimError
 from flowsteer.sim.experts import Expert, Floats
@@ -32,7 +33,6 @@ MakeExpert = Callable[[int], Expert]
 Progress = Callable[[int, int], None]
 """Told after each episode: episodes kept, episodes tried."""
 
-SINGLE_THREADED = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 IN_FLIGHT = 2
 """Episodes that each worker is ahead of the one that is waited for."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from typing import final
 
@@ -11,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flowsteer.sim.cores import usable_cores
 from flowsteer.sim.errors import SimError
 from flowsteer.sim.pool import LocalPool, Pool
 from flowsteer.sim.slot import OUTCOME
@@ -19,13 +19,9 @@ from flowsteer.sim.vec_env import IDLE, Observation, StepResult, VecEnv
 from flowsteer.sim.worker_pool import WorkerPool
 
 
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _pool(task: Task, num_envs: int, observation_steps: int, workers: int | None, timeout_s: float) -> Pool:
     if workers is None:
-        workers = _usable_cores() if task.heavy else 0
+        workers = usable_cores() if task.heavy else 0
     if workers == 0:
         return LocalPool(task, num_envs, observation_steps)
     return WorkerPool(task, num_envs, observation_steps, workers, timeout_s)

@@ -20,6 +20,7 @@ from typing import Any, final
 
 import numpy as np
 
+from flowsteer.sim.cores import SINGLE_THREADED
 from flowsteer.sim.environ import environment
 from flowsteer.sim.errors import SimError
 from flowsteer.sim.pool import Pool
@@ -29,15 +30,13 @@ from flowsteer.sim.worker_process import SharedArrays, serve, views
 
 START_TIMEOUT_S = 300.0
 """A fresh worker imports its simulator, which may compile on first use."""
+CLOSE_TIMEOUT_S = 2.0
+"""What all workers together get to end by themselves."""
 MAX_DEATHS = 3
 """So many deaths of one worker without a finished chunk in between, and the pool gives up."""
 
 # A fresh interpreter each: the fork of a process that has threads or an OpenGL context may hang.
 _CONTEXT = multiprocessing.get_context("spawn")
-
-
-# There is a process per core already.
-_SINGLE_THREADED = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
 @final
@@ -47,7 +46,7 @@ class _Worker:
     def __init__(self, task: Task, indices: tuple[int, ...], shared: SharedArrays) -> None:
         self.pipe, theirs = _CONTEXT.Pipe()
         self.process = _CONTEXT.Process(target=serve, args=(theirs, task, indices, shared), daemon=True)
-        with environment(_SINGLE_THREADED):
+        with environment(SINGLE_THREADED):
             self.process.start()
         theirs.close()
 
@@ -126,8 +125,9 @@ class WorkerPool(Pool):
         """See `Pool`."""
         for worker in self._workers.values():
             worker.hang_up()
+        deadline = time.monotonic() + CLOSE_TIMEOUT_S
         for worker in self._workers.values():
-            worker.end(patience_s=2.0)
+            worker.end(patience_s=max(0.0, deadline - time.monotonic()))
         self._workers.clear()
 
     def _deal(self, content: Mapping[int, Any]) -> dict[int, dict[int, Any]]:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from counting import EXIT, HANG, RAISE, Counting
@@ -190,6 +191,19 @@ def test_a_worker_that_keeps_dying_stops_the_run():
         assert env.step_chunk(chunk([1])).info["lost"].all()
         with pytest.raises(SimError, match="3 times in a row: the simulator cannot run here"):
             env.step_chunk(chunk([1]))
+
+
+def test_workers_that_hang_share_the_time_that_closing_gives_them(monkeypatch):
+    env = GymVecEnv(Counting(), 2, 1, workers=2)
+    env.reset(range(2))
+    granted = []
+    for i, worker in env._pool._workers.items():
+        worker.send("run", {i: np.array([[HANG]], dtype=np.float32)})
+        monkeypatch.setattr(
+            worker, "end", lambda patience_s, end=worker.end: (granted.append(patience_s), end(patience_s))
+        )
+    env.close()
+    assert granted == [pytest.approx(2.0, abs=0.1), pytest.approx(0.0, abs=0.1)]
 
 
 def test_an_error_inside_a_worker_is_told_in_one_line():
