@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -22,6 +21,7 @@ from flowsteer.datasets.zarr_store import write_zarr
 from flowsteer.policies.build import build
 from flowsteer.policies.checkpoint import load_policy, read_config
 from flowsteer.sim.collect import CollectedEpisodes, collect, record
+from flowsteer.sim.cores import usable_cores
 from flowsteer.sim.evaluate import evaluate
 from flowsteer.sim.experts import EXPERTS
 from flowsteer.sim.tasks.base import Task
@@ -53,8 +53,7 @@ def collect_demonstrations(config: DictConfig, folder: Path) -> Path:
 
 
 def _workers(config: DictConfig, task: Task) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return config.workers or (cores if task.heavy else 1)
+    return config.workers or (usable_cores() if task.heavy else 1)
 
 
 def _roll_expert(config: DictConfig, task: Task) -> CollectedEpisodes:
