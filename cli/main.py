@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from flowsteer.cli.dispatch import Command, dispatch
 from flowsteer.cli.errors import exit_code, report
@@ -25,8 +27,11 @@ def main(args: Sequence[str] | None = None) -> int:
     0 done, 1 it failed (one line says why), 2 the command line cannot be run, 130 stopped by a signal.
     FLOWSTEER_DEBUG=1 shows the traceback of every error.
     """
+    if args is None:
+        warnings.formatwarning = _one_line
+        args = sys.argv[1:]
     try:
-        return dispatch("flowsteer", SUMMARY, COMMANDS, sys.argv[1:] if args is None else args)
+        return dispatch("flowsteer", SUMMARY, COMMANDS, args)
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "stopped", file=sys.stderr)
         return INTERRUPTED
@@ -36,6 +41,11 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         report(error)
         return code
+
+
+def _one_line(message: Warning | str, *_: Any, **__: Any) -> str:
+    """A warning for people: without the place in the code."""
+    return f"warning: {message}\n"
 
 
 if __name__ == "__main__":

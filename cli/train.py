@@ -33,7 +33,8 @@ def train(config: DictConfig, folder: Path) -> float:
     outcome = train_policy(config, folder)
     if not outcome.finished:
         raise KeyboardInterrupt(f"stopped at step {outcome.step}; go on with: flowsteer train resume={folder}")
-    print(f"{folder}: {outcome.step} steps done; judge it with: flowsteer eval checkpoint={folder}")
+    if is_main_process():
+        print(f"{folder}: {outcome.step} steps done; judge it with: flowsteer eval checkpoint={folder}")
     return outcome.best_score
 
 
