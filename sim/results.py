@@ -7,7 +7,7 @@ import math
 import platform
 import subprocess
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -41,11 +41,12 @@ def write_evaluation(evaluation: Evaluation, out_dir: Path, task: Task | None = 
     """Write `eval.json`, `episodes.png` and, where a task is given, videos of chosen episodes.
 
     An episode is filmed by executing its recorded actions again from its seed, so that only what is shown is rendered.
-    Where nothing can be rendered, one warning says what to install and the episode's actions are plotted instead.
+    Where that fails, one warning says why and what to install, and the episode's actions are plotted instead. Pictures
+    never cost the evaluation: `eval.json` is there before the first of them.
 
     Args:
         evaluation: of `evaluate`.
-        out_dir: created if need be; files of an earlier evaluation are replaced one by one, `eval.json` last.
+        out_dir: created if need be; files of an earlier evaluation are replaced one by one.
         task: the evaluation's task.
         videos: how many episodes: the first, the best, the worst, then on in order of the seeds.
 
@@ -53,15 +54,22 @@ def write_evaluation(evaluation: Evaluation, out_dir: Path, task: Task | None = 
         The path of `eval.json`.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
-    plot_episodes(evaluation, out_dir / "episodes.png")
+    path, content = out_dir / EVAL_JSON, summary(evaluation)
+    # A graphics library may take the whole process down.
+    _write_json(path, {**content, "shown": {}})
+    _or_warn("episodes.png", lambda: plot_episodes(evaluation, out_dir / "episodes.png"))
     shown = {}
     if task is not None:
-        for name, episode in choose(evaluation, videos).items():
-            shown[name] = _show(task, evaluation.prediction, episode, out_dir / name).name
-    path = out_dir / EVAL_JSON
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps({**summary(evaluation), "shown": shown}, indent=2, allow_nan=False) + "\n")
+        chosen = choose(evaluation, videos).items()
+        pictures = {name: _show(task, evaluation.prediction, episode, out_dir / name) for name, episode in chosen}
+        shown = {name: picture.name for name, picture in pictures.items() if picture is not None}
+    _or_warn(f"names of the videos in {EVAL_JSON}", lambda: _write_json(path, {**content, "shown": shown}))
     return path
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def choose(evaluation: Evaluation, count: int) -> dict[str, Episode]:
@@ -132,16 +140,23 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _show(task: Task, prediction: PolicySpec, episode: Episode, stem: Path) -> Path:
-    """A video of the episode, or a plot where nothing can be rendered."""
-    video = stem.with_suffix(".mp4")
+def _show(task: Task, prediction: PolicySpec, episode: Episode, stem: Path) -> Path | None:
+    """A video of the episode, a plot where that cannot be made, or None where nothing can."""
+    video, plot = stem.with_suffix(".mp4"), stem.with_suffix(".png")
+    if _or_warn("video", lambda: write_video(video, *film(task, episode, prediction))):
+        return video
+    return plot if _or_warn(plot.name, lambda: plot_episode(episode, prediction, plot)) else None
+
+
+def _or_warn(what: str, write: Callable[[], None]) -> bool:
+    """Whether `write` worked; no picture is worth the evaluation, whatever graphics and codecs may raise."""
     try:
-        write_video(video, *film(task, episode, prediction))
-    except SimError as error:
-        warnings.warn(f"no video: {error}", RuntimeWarning, stacklevel=2)
-        video = stem.with_suffix(".png")
-        plot_episode(episode, prediction, video)
-    return video
+        write()
+    except Exception as error:
+        name = "" if isinstance(error, SimError) else f"{type(error).__name__}: "
+        warnings.warn(f"no {what}: {name}{' '.join(str(error).split())}", RuntimeWarning, stacklevel=3)
+        return False
+    return True
 
 
 def _row(episode: Episode) -> dict[str, Any]:

@@ -98,6 +98,46 @@ def test_without_graphics_actions_are_plotted_and_one_line_says_what_to_install(
     assert sorted(file.name for file in tmp_path.iterdir()) == ["episodes.png", "eval.json", "first_seed3.png"]
 
 
+def test_what_a_codec_raises_costs_the_video_only(tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise av.error.EncoderNotFoundError(1, "no encoder")
+
+    monkeypatch.setattr(av, "open", broken)
+    task = Counting(limit=6)
+    with pytest.warns(RuntimeWarning, match="no video: EncoderNotFoundError: .*no encoder"):
+        path = write_evaluation(judged(task), tmp_path, task, videos=1)
+    assert json.loads(path.read_text())["shown"] == {"first_seed3": "first_seed3.png"}
+
+
+def test_without_room_for_pictures_the_numbers_are_kept(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    monkeypatch.setattr(results, "write_video", full)
+    task = Counting(limit=6)
+    with pytest.warns(RuntimeWarning) as told:
+        path = write_evaluation(judged(task), tmp_path, task, videos=1)
+    assert [str(warning.message).split(": ")[0] for warning in told] == [
+        "no episodes.png",
+        "no video",
+        "no first_seed3.png",
+    ]
+    content = json.loads(path.read_text())
+    assert (content["episodes"], content["shown"]) == (4, {})
+    assert [file.name for file in tmp_path.iterdir()] == ["eval.json"]
+
+
+def test_the_numbers_are_there_before_the_first_picture(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(results, "plot_episodes", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_evaluation(judged(Counting(limit=6)), tmp_path)
+    assert json.loads((tmp_path / "eval.json").read_text())["episodes"] == 4
+
+
 def test_a_fast_task_is_filmed_at_no_more_than_30_frames_per_second():
     class Fast(Counting):
         def __init__(self):
