@@ -1,4 +1,4 @@
-"""Where the environments of a batch live: in this process here, in worker processes in `flowsteer.sim.workers`."""
+"""Where the environments of a batch live: in this process here, in worker processes in `flowsteer.sim.worker_pool`."""
 
 from __future__ import annotations
 

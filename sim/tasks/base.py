@@ -1,6 +1,6 @@
 """What a task is: one environment in plain numpy, and how to make it.
 
-A new task is one file with one final `Task` class and one line in `flowsteer.sim.tasks.TASKS`.
+A new task is one file with one final `Task` class and one line in `TASKS` of `configs/groups.py`.
 """
 
 from __future__ import annotations
