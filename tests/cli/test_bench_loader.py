@@ -48,9 +48,31 @@ def test_the_result_has_a_row_for_every_contender(buffer, tmp_path):
         assert result["ratios"][kind] == rows["batches"]["ratio"]
 
 
-def test_gathering_batches_is_worth_it(monkeypatch):
-    """Far below what a quiet machine shows, so that a busy one passes too."""
-    monkeypatch.setattr(bench_loader, "EPISODES", 10)
-    result = run(seconds=0.05)
-    assert result["ratios"]["low_dim"] > 5
-    assert result["ratios"]["image"] > 1.5
+@pytest.mark.parametrize("kind", bench_loader.RACES)
+def test_every_contender_draws_whole_batches_of_the_same_windows(buffer, kind):
+    race = bench_loader.RACES[kind]
+    windows = Windows(buffer, race.keys, observation_steps=To, prediction_steps=Tp, execution_steps=Ta)
+    everything = bench_loader.SampleBySample(buffer, race.keys, windows, float_images=False)
+    known = {everything[number]["action"].numpy().tobytes() for number in range(len(everything))}
+    contenders = bench_loader._contenders(buffer, race, 8)
+    assert list(contenders) == ["bare gather", "batches", "sample by sample, 0 workers", "sample by sample, 2 workers"]
+    batches = {name: next(contenders[name]()) for name in list(contenders)[:3]}
+    for batch in batches.values():
+        assert {action.numpy().tobytes() for action in batch["action"]} <= known
+    ours, theirs = batches["batches"], batches["sample by sample, 0 workers"]
+    assert set(ours["obs"]) == set(theirs["obs"]) == set(race.keys)
+    for key in race.keys:
+        assert ours["obs"][key].shape == theirs["obs"][key].shape
+        assert ours["obs"][key].dtype == theirs["obs"][key].dtype
+        assert len(ours["obs"][key]) == 8
+
+
+def test_made_up_data_have_the_shape_of_push_t(monkeypatch):
+    monkeypatch.setattr(bench_loader, "EPISODES", 2)
+    buffer = bench_loader._made_up()
+    assert {key: array.shape for key, array in buffer.data.items()} == {
+        "state": (248, 5),
+        "action": (248, 2),
+        "img": (248, 96, 96, 3),
+    }
+    assert buffer.episode_ends.tolist() == [124, 248]
