@@ -13,6 +13,7 @@ which one is meant, and `task_from_env_args` takes it from the data.
 
 from __future__ import annotations
 
+import re
 from abc import ABC
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, final
@@ -146,7 +147,7 @@ def task_from_env_args(env_args: Mapping[str, Any]) -> RobosuiteTask:
         env_args: the parsed JSON of the attribute `env_args` of `data`, of robosuite 1.2 or later.
 
     Raises:
-        SimError: an unknown environment, robot or controller.
+        SimError: an unknown environment, robot, version or controller.
     """
     name, kwargs = env_args.get("env_name"), env_args.get("env_kwargs", {})
     if name not in ROBOSUITE_TASKS:
@@ -159,7 +160,7 @@ def task_from_env_args(env_args: Mapping[str, Any]) -> RobosuiteTask:
         images=images,
         cameras=tuple(_listed(kwargs.get("camera_names", CAMERAS))),
         image_size=_image_size(kwargs) if images else 84,
-        object_layout=env_args.get("object_layout") or _layout(env_args.get("env_version", "1.4")),
+        object_layout=env_args.get("object_layout") or _layout(env_args.get("env_version")),
         control_hz=float(kwargs.get("control_freq", 20)),
         controller=kwargs.get("controller_configs"),
     )
@@ -176,9 +177,14 @@ def _observations(setup: RobosuiteSetup) -> dict[str, ArraySpec]:
     }
 
 
-def _layout(version: str) -> ObjectLayout:
-    major, minor = (int(part) for part in version.split(".")[:2])
-    return "1.5" if (major, minor) >= (1, 5) else "1.4"
+def _layout(version: Any) -> ObjectLayout:
+    """Of robosuite's version; files that do not tell it, which are old, have 1.4's."""
+    numbers = re.match(r"(\d+)\.(\d+)", str(version or "1.4"))
+    if numbers is None:
+        raise SimError(
+            f"env_args: env_version {version!r} is not a version such as '1.4.1': correct it, or add object_layout"
+        )
+    return "1.5" if tuple(map(int, numbers.groups())) >= (1, 5) else "1.4"
 
 
 def _listed(value: Any) -> list[Any]:

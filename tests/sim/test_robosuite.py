@@ -6,6 +6,7 @@ import sys
 import h5py
 import numpy as np
 import pytest
+from graphics import skip_without_graphics
 
 from flowsteer.sim.errors import SimError
 from flowsteer.sim.experts import LiftExpert
@@ -179,6 +180,19 @@ def test_a_robomimic_data_set_of_robosuite_14_opens_its_own_task():
     assert task_from_env_args({**env_args, "env_version": "1.5.1"}).setup.object_layout == "1.5"
 
 
+@pytest.mark.parametrize("told", [{}, {"env_version": ""}, {"env_version": None}, {"env_version": 1.4}])
+def test_files_that_do_not_tell_their_version_are_old(told):
+    assert task_from_env_args({"env_name": "Lift", **told}).setup.object_layout == "1.4"
+
+
+def test_the_layout_follows_the_version_as_numbers():
+    found = {
+        version: task_from_env_args({"env_name": "Lift", "env_version": version}).setup.object_layout
+        for version in ("1.2.0", "1.5", "1.5.0rc1", "1.10.0", "2.0.0")
+    }
+    assert found == {"1.2.0": "1.4", "1.5": "1.5", "1.5.0rc1": "1.5", "1.10.0": "1.5", "2.0.0": "1.5"}
+
+
 def test_the_raw_human_demonstrations_name_their_task(shared_data):
     with h5py.File(shared_data / "robosuite_human_1.4" / "lift" / "demo.hdf5") as file:
         info = json.loads(file["data"].attrs["env_info"])
@@ -191,6 +205,7 @@ def test_the_raw_human_demonstrations_name_their_task(shared_data):
 @pytest.mark.parametrize(
     ("env_args", "message"),
     [
+        ({"env_name": "Lift", "env_version": "master"}, "env_version 'master' is not a version such as '1.4.1'"),
         ({"env_name": "Door"}, r"env_name 'Door' is unknown, choose one of \['Lift', 'NutAssemblySquare', 'Pick"),
         ({"env_name": "Lift", "env_kwargs": {"robots": ["Sawyer"]}}, r"robots \['Sawyer'\] is not supported"),
         (
@@ -253,7 +268,7 @@ def eyes():
     try:
         env.render()
     except SimError as error:
-        pytest.skip(str(error))
+        skip_without_graphics(error)
     yield env
     env.close()
 
