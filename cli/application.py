@@ -142,7 +142,8 @@ class Job:
     def _resolved(self, config: DictConfig, cwd: Path) -> DictConfig:
         OmegaConf.resolve(config)
         for key in self.application.paths:
-            if config[key] is not None:
+            # minari:ID and the like name no file.
+            if config[key] is not None and ":" not in config[key]:
                 config[key] = os.path.normpath(cwd / Path(config[key]).expanduser())
         return config
 

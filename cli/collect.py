@@ -10,6 +10,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from flowsteer.cli.application import Application
+from flowsteer.cli.devices import find_device
 from flowsteer.cli.errors import UsageError, unknown
 from flowsteer.cli.refusals import Composed
 from flowsteer.cli.simulation import episode_bar, find_task, make_environments
@@ -75,9 +76,9 @@ def _roll_expert(config: DictConfig, task: Task) -> CollectedEpisodes:
 
 def _roll_checkpoint(config: DictConfig, task: Task) -> CollectedEpisodes:
     """Judge as many episodes as are asked for, then play those to keep again, recording every step."""
-    policy = load_policy(Path(config.checkpoint), config.device)
+    policy = load_policy(Path(config.checkpoint), find_device(config.device))
     steps = policy.spec.observation_steps
-    environments = make_environments(task, EvaluationOptions(), config.episodes, steps, config.device)
+    environments = make_environments(task, EvaluationOptions(), config.episodes, steps, find_device(config.device))
     with closing(environments), episode_bar(config.episodes) as advance:
         result = evaluate(
             policy,

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flowsteer.cli.application import Application
+from flowsteer.cli.devices import find_device
 from flowsteer.cli.errors import UsageError
 from flowsteer.cli.refusals import Composed
 from flowsteer.cli.simulation import episode_bar, find_task, make_environments
@@ -22,9 +23,10 @@ from flowsteer.sim.results import summary, write_evaluation
 def run(config: DictConfig, folder: Path) -> float:
     """Evaluate and write eval.json, plots and videos to `folder`; returns the share of successes."""
     checkpoint = _checkpoint(config)
-    policy = load_policy(checkpoint, config.device, config.weights)
+    device, options = find_device(config.device), config.eval
+    policy = load_policy(checkpoint, device, config.weights)
     task = find_task(config.task, read_config(checkpoint))
-    environments = make_environments(task, config.eval, config.episodes, policy.spec.observation_steps, config.device)
+    environments = make_environments(task, options, config.episodes, policy.spec.observation_steps, device)
     with closing(environments), episode_bar(config.episodes) as advance:
         result = evaluate(
             policy,

@@ -31,6 +31,8 @@ def resumed_config(folder: Path, args: Sequence[str]) -> DictConfig:
     """
     config = _stored(folder)
     for arg in args:
+        if arg.startswith("out="):
+            raise UsageError(f"'{arg}' cannot go with resume=: a run goes on where it is; copy the folder first")
         if not arg.startswith(f"{RESUME}="):
             _override(config, arg)
     return config

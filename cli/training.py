@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
 
 from flowsteer.cli.demonstrations import Demonstrations, load_demonstrations, make_task
+from flowsteer.cli.devices import find_processes
 from flowsteer.cli.errors import UsageError
 from flowsteer.cli.run_log import RunLog, Silent
 from flowsteer.cli.simulation import make_environments
@@ -60,11 +61,12 @@ def train_policy(config: DictConfig, folder: Path) -> Outcome:
         DataError, PolicyError, SimError: bad input; nothing has been written then.
     """
     seed_everything(config.seed)
-    accelerator = Accelerator(cpu=config.device == "cpu")
+    accelerator = find_processes(config.device)
     task = make_task(config)
     with ExitStack() as stack:
+        _check_links(folder)
         judge = _judge(config, task, folder, accelerator, stack) if config.train.evaluate_every else None
-        cloning, validation = _cloning(config, load_demonstrations(config, task), folder, accelerator)
+        cloning, validation = _cloning(config, load_demonstrations(config, task), folder, accelerator, stack)
         if (folder / "last").exists():
             cloning.resume(folder)
         log = _log(config, folder, cloning, stack)
@@ -72,8 +74,19 @@ def train_policy(config: DictConfig, folder: Path) -> Outcome:
     return Outcome(finished, cloning.progress.step, cloning.progress.best_score)
 
 
+def _check_links(folder: Path) -> None:
+    """Refuse a run whose links a copy or a synchroniser has dropped: starting over would delete its checkpoints."""
+    checkpoints = folder / "checkpoints"
+    kept = sorted(path.name for path in checkpoints.glob("[0-9]*")) if checkpoints.is_dir() else []
+    if kept and not (folder / "last").exists():
+        raise UsageError(
+            f"{folder} has checkpoints but its link 'last' is missing: "
+            f"restore it with ln -sfn checkpoints/{kept[-1]} {folder}/last"
+        )
+
+
 def _cloning(
-    config: DictConfig, demonstrations: Demonstrations, folder: Path, accelerator: Accelerator
+    config: DictConfig, demonstrations: Demonstrations, folder: Path, accelerator: Accelerator, stack: ExitStack
 ) -> tuple[Cloning, Validation | None]:
     buffer, spec, options = demonstrations.buffer, demonstrations.spec, config.train
     train, val = split_episodes(
@@ -86,7 +99,9 @@ def _cloning(
         seed=config.seed,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
+        pin_memory=accelerator.device.type == "cuda",
     )
+    stack.callback(batches.close)
     policy = _policy(config, demonstrations, train)
     cloning = Cloning(
         policy,
@@ -141,11 +156,18 @@ class Validation:
         return epoch_batches(self.windows, self.batch_size)
 
 
-def _judge(config: DictConfig, task: Task | None, folder: Path, accelerator: Accelerator, stack: ExitStack) -> Evaluate:
-    """Evaluation in simulation; the environments are made now, so that a missing package shows before training."""
+def _judge(
+    config: DictConfig, task: Task | None, folder: Path, accelerator: Accelerator, stack: ExitStack
+) -> Evaluate | None:
+    """Evaluation in simulation; the environments are made now, so that a missing package shows before training.
+
+    None on the processes beside the main one, which only wait for it.
+    """
     options = config.eval
     if task is None:
         raise UsageError("there is nothing to evaluate in: choose a task or set train.evaluate_every=0")
+    if not accelerator.is_main_process:
+        return None
     env = make_environments(task, options, options.episodes, config.horizon.observation_steps, accelerator.device)
     stack.callback(env.close)
 
@@ -169,7 +191,7 @@ def numbers(result: Evaluation) -> dict[str, float]:
 
 def _log(config: DictConfig, folder: Path, cloning: Cloning, stack: ExitStack) -> RunLog | Silent:
     """On the main process, the run's log; the run's config is on disk from here on."""
-    if not is_main_process():
+    if not cloning.accelerator.is_main_process:
         return Silent()
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / CONFIG) as temporary:

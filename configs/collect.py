@@ -26,7 +26,7 @@ class CollectConfig:
         only_successful: leave out failed episodes.
         workers: processes; one per core when not given.
         format: "zarr" or "hdf5" (robomimic's).
-        device: where a checkpoint's policy runs.
+        device: where a checkpoint's policy runs, "auto" (a GPU where there is one) or "cpu".
         out: the folder; data/TASK-EPISODES when not given.
     """
 
@@ -39,5 +39,5 @@ class CollectConfig:
     only_successful: bool = True
     workers: int | None = None
     format: str = "zarr"
-    device: str = "cpu"
+    device: str = "auto"
     out: str | None = None

@@ -30,7 +30,7 @@ class EvaluationConfig:
         seed: of the first episode; the others follow.
         task: a task's name; the one that the checkpoint was trained on when not given.
         weights: "ema" (averaged) or "weights".
-        device: where the policy runs.
+        device: where the policy runs, "auto" (a GPU where there is one) or "cpu".
         out: where results go; CHECKPOINT/eval-EPISODESxSEED when not given.
     """
 
@@ -39,6 +39,6 @@ class EvaluationConfig:
     seed: int = 10_000
     task: str | None = None
     weights: str = "ema"
-    device: str = "cpu"
+    device: str = "auto"
     out: str | None = None
     eval: EvaluationOptions = field(default_factory=EvaluationOptions)

@@ -195,7 +195,7 @@ class Cloning:
                     log.log(progress.step, self._train_numbers())
                 if validation is not None and self._due(every.validate_every):
                     log.log(progress.step, {"val/loss": self.validate(validation())})
-                if evaluate is not None and self._due(every.evaluate_every):
+                if self._due(every.evaluate_every):
                     self._evaluate(evaluate, log)
                 if self._due(every.save_every) or progress.best_unsaved:
                     self.save()
@@ -346,9 +346,9 @@ class Cloning:
         rate = learning_rate(progress.step - 1, self.config)
         return {"train/loss": mean, "train/lr": rate, "train/train_s": progress.train_s}
 
-    def _evaluate(self, evaluate: Evaluate, log: Log) -> None:
-        """Evaluate on the main process; what the simulator draws must not change what training draws."""
-        if self.accelerator.is_main_process:
+    def _evaluate(self, evaluate: Evaluate | None, log: Log) -> None:
+        """Evaluate on the main process, the others wait; what the simulator draws must not change training's draws."""
+        if self.accelerator.is_main_process and evaluate is not None:
             random, tensors = pack_random()
             try:
                 numbers, score = evaluate(self.ema.average, self.progress.step)

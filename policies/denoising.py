@@ -92,6 +92,8 @@ class DenoisingPolicy(Policy, ABC):
         normalizers: Mapping[str, str] | None,
     ) -> None:
         super().__init__(spec, encoder, normalizers)
+        if not 0 <= eta <= 1 or (clip is not None and clip <= 0):
+            raise PolicyError(f"policy.eta must be in [0, 1] and policy.clip positive or null, got {eta} and {clip}")
         self.network = network(spec.action_dim, spec.prediction_steps, spec.observation_steps, self.encoder.feature_dim)
         self.path = path
         self.to_clean = pick(TO_CLEAN, prediction, "prediction")

@@ -112,14 +112,13 @@ class Normalizer(nn.Module):
     def _map(self, key: str, x: Tensor) -> tuple[Tensor, Tensor]:
         if key not in self.widths:
             raise PolicyError(f"the normaliser has no key '{key}'; it knows {sorted(self.widths)}")
-        width, axes = self.widths[key], 0
-        channels = 1
+        width, axes, channels = self.widths[key], 1, x.shape[-1] if x.ndim else 0
         while channels < width and axes < x.ndim:
             axes += 1
             channels *= x.shape[-axes]
-        if channels != width or (axes == 0 and width != 1):
+        if channels != width:
             raise PolicyError(f"key '{key}' has {width} channels, got an array of shape {tuple(x.shape)}")
-        shape = x.shape[x.ndim - axes :] if axes else ()
+        shape = x.shape[x.ndim - axes :]
         return self.get_buffer(f"scale:{key}").view(shape), self.get_buffer(f"offset:{key}").view(shape)
 
 

@@ -103,7 +103,7 @@ def sample(path: Path, denoise: Denoise, x: Tensor, grid: Tensor, eta: float, ge
 
 def _refuse_noise(name: str, eta: float) -> None:
     if eta != 0:
-        raise PolicyError(f"the {name} solver is deterministic: set sampler.eta=0, got {eta}")
+        raise PolicyError(f"the {name} solver is deterministic: set policy.eta=0, got {eta}")
 
 
 def heun(path: Path, denoise: Denoise, x: Tensor, grid: Tensor, eta: float, generator: Generators = None) -> Tensor:

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -288,19 +288,28 @@ def _in_order(workers: list[ProcessPoolExecutor], seeds: Iterable[int]) -> Itera
     def submit(turns: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, Future[Rollout]]]:
         with environment(SINGLE_THREADED):  # A worker's process starts with its first episode.
             for w, seed in turns:
-                yield w, seed, workers[w].submit(_perform, seed)
+                # A worker that has died refuses an episode here, or gives none below.
+                with _named(w, len(workers), seed):
+                    rollout = workers[w].submit(_perform, seed)
+                yield w, seed, rollout
 
     turns = zip(itertools.cycle(range(len(workers))), seeds, strict=False)
     waiting = deque(submit(itertools.islice(turns, IN_FLIGHT * len(workers))))
     while waiting:
         w, seed, rollout = waiting.popleft()
-        try:
-            yield rollout.result()
-        except BrokenProcessPool as error:
-            raise SimError(
-                f"worker {w} of {len(workers)} died in the episode of seed {seed}: is memory short?"
-            ) from error
+        with _named(w, len(workers), seed):
+            performed = rollout.result()
+        yield performed
         waiting.extend(submit(itertools.islice(turns, 1)))
+
+
+@contextmanager
+def _named(worker: int, workers: int, seed: int) -> Iterator[None]:
+    """Say which worker died."""
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise SimError(f"worker {worker} of {workers} died in the episode of seed {seed}: is memory short?") from error
 
 
 _stage: _Stage | None = None

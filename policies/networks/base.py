@@ -6,10 +6,18 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
+from flowsteer.policies.errors import PolicyError
 from flowsteer.policies.spec import configurable
 
 Features = tuple[Tensor, ...]
 """What a network has computed of times or observations alone; every tensor has a leading batch (or grid) dimension."""
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raise PolicyError, naming the hyper-parameter, unless all are at least 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise PolicyError(f"policy.network.{name} must be at least 1, got {size}")
 
 
 @configurable

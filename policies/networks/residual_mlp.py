@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from flowsteer.policies.networks.base import Features, Network
+from flowsteer.policies.networks.base import Features, Network, check_sizes
 from flowsteer.policies.networks.time import TimeEmbedding
 
 
@@ -60,6 +60,7 @@ class ResidualMLP(Network):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(action_dim, prediction_steps, observation_steps, feature_dim)
+        check_sizes(hidden=hidden, blocks=blocks, expansion=expansion, conditioning=conditioning)
         chunk, observed, modulations = (
             prediction_steps * action_dim,
             observation_steps * feature_dim,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flowsteer.policies.networks.attention import CrossAttention, FeedForward, SelfAttention, check_heads
-from flowsteer.policies.networks.base import Features, Network
+from flowsteer.policies.networks.base import Features, Network, check_sizes
 from flowsteer.policies.networks.time import TimeEmbedding
 
 INIT_STD = 0.02
@@ -72,6 +72,7 @@ class DiffusionTransformer(Network):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(action_dim, prediction_steps, observation_steps, feature_dim)
+        check_sizes(width=width, layers=layers, heads=heads)
         check_heads(width, heads)
         self.memory_shape = (layers, 2, heads, width // heads)
         self.action = nn.Linear(action_dim, width)

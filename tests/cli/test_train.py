@@ -178,7 +178,7 @@ def test_a_sweep_trains_every_combination(dataset: Path, tmp_path: Path, tiny: t
         (["policy.solver=huen"], "solver 'huen' is unknown; nearest: heun (known: dpm_solver_2m, heun, transition)"),
         (["task.observation=stat"], "pusht: observation 'stat' is unknown, choose one of"),
         (["horizon.execution_steps=16"], "observation_steps - 1 + execution_steps must not exceed prediction_steps"),
-        (["train.lr=0"], "train.steps, train.lr and train.log_every must be positive"),
+        (["train.lr=0"], "train.lr must be positive, got 0"),
         (["data.val_fraction=1"], "val_fraction must be at least 0 and below 1, got 1.0"),
         (["train.batch_size=0"], "batch_size 0 must be"),
     ],

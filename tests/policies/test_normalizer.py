@@ -89,6 +89,8 @@ def test_wrong_width() -> None:
         Normalizer({"x": 3}).fit({"x": stats(VALUES)}, {})
     with pytest.raises(PolicyError, match=r"key 'x' has 2 channels, got an array of shape \(5, 3\)"):
         fitted("min_max", VALUES).normalize("x", torch.zeros(5, 3))
+    with pytest.raises(PolicyError, match=r"key 'x' has 1 channels, got an array of shape \(2, 3, 7\)"):
+        fitted("min_max", VALUES[:, :1]).normalize("x", torch.zeros(2, 3, 7))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -204,7 +204,7 @@ def test_second_order_solvers_beat_euler_and_converge_faster() -> None:
 
 @pytest.mark.parametrize("solver", [heun, dpm_solver_2m])
 def test_deterministic_solvers_refuse_noise(solver: Callable[..., Tensor]) -> None:
-    with pytest.raises(PolicyError, match=r"solver is deterministic: set sampler.eta=0, got 0.5"):
+    with pytest.raises(PolicyError, match=r"solver is deterministic: set policy.eta=0, got 0.5"):
         solver(FLOW, lambda x, k: x, torch.zeros(1, 1, 1), uniform_grid(2), 0.5)
 
 
