@@ -31,12 +31,12 @@ WRITERS: dict[str, Callable[[ReplayBuffer, Path], Path]] = {"zarr": write_zarr, 
 
 
 def run(config: DictConfig, folder: Path) -> None:
-    """Collect, and say where the data set is."""
-    print(f"{collect_demonstrations(config, folder)}: {config.episodes} episodes")
+    """Collect."""
+    collect_demonstrations(config, folder)
 
 
 def collect_demonstrations(config: DictConfig, folder: Path) -> Path:
-    """Write `folder`/TASK.FORMAT; returns its path.
+    """Write `folder`/TASK.FORMAT, say how many episodes it holds, and return its path.
 
     Raises:
         UsageError, SimError, DataError: bad options, a missing simulator, or the file exists already.
@@ -50,7 +50,9 @@ def collect_demonstrations(config: DictConfig, folder: Path) -> Path:
         raise UsageError(f"{target} already exists: choose another out=")
     roll = _roll_expert if config.checkpoint is None else _roll_checkpoint
     collected = roll(config, task)
-    return WRITERS[config.format](ReplayBuffer(dict(collected.data), collected.episode_ends, collected.meta), target)
+    path = WRITERS[config.format](ReplayBuffer(dict(collected.data), collected.episode_ends, collected.meta), target)
+    print(f"{path}: {len(collected.episode_ends)} episodes")
+    return path
 
 
 def _workers(config: DictConfig, task: Task) -> int:

@@ -75,6 +75,9 @@ def _columns(config: DictConfig, task: Task | None) -> dict[str, DatasetKey]:
     names = list(config.data.observations) if task is None else list(task.spec.observations)
     if not names:
         raise DataError("data.observations is empty: with task=none it lists the keys that the policy sees")
+    strange = sorted(set(config.data.names) - set(names))
+    if strange:
+        raise DataError(f"data.names.{strange[0]} names no observation of the task; it has {', '.join(names)}")
     stored = open_source(config.dataset).columns
     public: Mapping[str, DatasetKey] = {} if task is None else task.dataset_keys
     told = {key: DatasetKey(name) for key, name in config.data.names.items()}

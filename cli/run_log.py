@@ -56,9 +56,10 @@ class RunLog:
 
     def __init__(self, folder: Path, steps: int, *, start: int = 0, wandb: Mapping[str, Any] | None = None) -> None:
         self._folder = folder
-        self._sinks: list[Sink] = [Metrics(folder / METRICS, start), Screen(steps, start), TensorBoard(folder, start)]
-        if wandb is not None:
-            self._sinks.append(Wandb(folder, wandb))
+        # W&B first: where its package is missing, nothing has been written and no bar has started.
+        remote: list[Sink] = [] if wandb is None else [Wandb(folder, wandb)]
+        local = [Metrics(folder / METRICS, start), TensorBoard(folder, start), Screen(steps, start)]
+        self._sinks = [*remote, *local]
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record `values` of optimiser step `step`."""

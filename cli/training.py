@@ -194,12 +194,13 @@ def _log(config: DictConfig, folder: Path, cloning: Cloning, stack: ExitStack) -
     if not cloning.accelerator.is_main_process:
         return Silent()
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / CONFIG) as temporary:
-        OmegaConf.save(config, temporary)
     wandb = None
     if config.log.wandb:
         wandb = {"project": config.log.project, "name": config.log.name or folder.name, "config": _plain(config)}
-    return stack.enter_context(RunLog(folder, config.train.steps, start=cloning.progress.step, wandb=wandb))
+    log = stack.enter_context(RunLog(folder, config.train.steps, start=cloning.progress.step, wandb=wandb))
+    with replacing(folder / CONFIG) as temporary:
+        OmegaConf.save(config, temporary)
+    return log
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:
