@@ -73,6 +73,7 @@ def test_wandb_is_asked_for_by_its_extra(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UsageError, match=r"pip install 'flowsteer\[wandb\]'"):
         RunLog(tmp_path, 10, wandb={})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_resumed_wandb_run_keeps_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

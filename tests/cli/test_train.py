@@ -170,6 +170,7 @@ def test_a_sweep_trains_every_combination(dataset: Path, tmp_path: Path, tiny: t
         (["dataset=/nowhere"], "/nowhere: no such file or folder"),
         (["task=hopper"], "{dataset} has 2 action dimensions, task 'hopper' has 3"),
         (["+data.names.state=stat"], "{dataset}: there is no key 'stat': did you mean 'state'?"),
+        (["+data.names.stat=state"], "data.names.stat names no observation of the task; it has state"),
         (["+data.names.state=action"], "{dataset}: observation 'state' is float64 [2], the task's is float32 [5]"),
         (["task=pusht_image"], "{dataset}: there is no key 'img'"),
         (["task=none"], "data.observations is empty: with task=none it lists the keys that the policy sees"),
