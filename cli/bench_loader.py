@@ -118,7 +118,7 @@ def run(
     return {
         "rows": rows,
         "ratios": {row["data"]: row["ratio"] for row in rows if row["loader"] == "batches"},
-        "dataset": "made up" if dataset is None else str(dataset),
+        "dataset": "made up" if dataset is None else Path(dataset).name,
         "batch_sizes": {"low_dim": low_dim_batch, "image": image_batch},
         "frames": buffer.num_frames,
     }
