@@ -58,7 +58,7 @@ class RunLog:
         self._folder = folder
         # W&B first: where its package is missing, nothing has been written and no bar has started.
         remote: list[Sink] = [] if wandb is None else [Wandb(folder, wandb)]
-        local = [Metrics(folder / METRICS, start), TensorBoard(folder, start), Screen(steps, start)]
+        local: list[Sink] = [Metrics(folder / METRICS, start), TensorBoard(folder, start), Screen(steps, start)]
         self._sinks = [*remote, *local]
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
