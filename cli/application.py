@@ -18,7 +18,8 @@ from hydra.types import RunMode
 from hydra_zen import launch
 from omegaconf import DictConfig, OmegaConf
 
-from flowsteer.cli.errors import UsageError, exit_code, report
+from flowsteer.cli.dispatch import Parser
+from flowsteer.cli.errors import exit_code, report
 from flowsteer.cli.help import help_text
 from flowsteer.cli.refusals import VERSION_BASE, Composed, compose_or_refuse, parse
 
@@ -166,17 +167,12 @@ def _own_hydra(register: Callable[[], None] | None) -> Iterator[None]:
 
 
 def _parse(command: str, args: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(prog=command, add_help=False, allow_abbrev=False)
+    parser = Parser(prog=command, add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("-m", "--multirun", action="store_true")
     parser.add_argument("-c", "--cfg", choices=["job"])
     return parser.parse_intermixed_args(args)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UsageError(f"{message}; see {self.prog} --help")
 
 
 def _folder_overrides(folder: Path, overrides: list[str]) -> Iterator[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from flowsteer.cli.application import Application
 from flowsteer.cli.devices import find_device
 from flowsteer.cli.errors import UsageError, unknown
 from flowsteer.cli.refusals import Composed
-from flowsteer.cli.simulation import episode_bar, find_task, make_environments
+from flowsteer.cli.simulation import episode_bar, find_task, run_episodes
 from flowsteer.configs.collect import CollectConfig
 from flowsteer.configs.evaluation import EvaluationOptions
 from flowsteer.datasets.demo_hdf5 import write_robomimic
@@ -23,7 +22,6 @@ from flowsteer.policies.build import build
 from flowsteer.policies.checkpoint import load_policy, read_config
 from flowsteer.sim.collect import CollectedEpisodes, collect, record
 from flowsteer.sim.cores import usable_cores
-from flowsteer.sim.evaluate import evaluate
 from flowsteer.sim.experts import EXPERTS
 from flowsteer.sim.tasks.base import Task
 
@@ -78,17 +76,9 @@ def _roll_expert(config: DictConfig, task: Task) -> CollectedEpisodes:
 
 def _roll_checkpoint(config: DictConfig, task: Task) -> CollectedEpisodes:
     """Judge as many episodes as are asked for, then play those to keep again, recording every step."""
-    policy = load_policy(Path(config.checkpoint), find_device(config.device))
-    steps = policy.spec.observation_steps
-    environments = make_environments(task, EvaluationOptions(), config.episodes, steps, find_device(config.device))
-    with closing(environments), episode_bar(config.episodes) as advance:
-        result = evaluate(
-            policy,
-            environments,
-            episodes=config.episodes,
-            seed=config.seed,
-            progress=lambda episode: advance(None, "judging"),
-        )
+    device = find_device(config.device)
+    policy = load_policy(Path(config.checkpoint), device)
+    result = run_episodes(policy, task, EvaluationOptions(), config.episodes, config.seed, device)
     kept = {e.seed: np.stack(e.actions) for e in result.kept if e.success or not config.only_successful}
     if not kept:
         raise UsageError(f"none of {config.episodes} episodes succeeded: only_successful=false keeps them all the same")

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from flowsteer.cli.dispatch import Command, dispatch
-from flowsteer.cli.errors import UsageError
+from flowsteer.cli.dispatch import Command, Parser, dispatch
 
 COMMANDS = {
     "inspect": Command("flowsteer.cli.data:inspect", "print and plot what to know before training"),
@@ -23,18 +20,13 @@ def main(args: Sequence[str]) -> int:
     return dispatch("flowsteer data", "Demonstrations.", COMMANDS, args)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UsageError(f"{message}; see {self.prog} --help")
-
-
 def inspect(args: Sequence[str]) -> int:
     """`flowsteer data inspect PATH [--plot FILE]`."""
     from flowsteer.datasets.report import inspect as look
     from flowsteer.datasets.report_plot import plot
     from flowsteer.datasets.report_table import print_report
 
-    parser = _Parser("flowsteer data inspect", description=COMMANDS["inspect"].summary)
+    parser = Parser("flowsteer data inspect", description=COMMANDS["inspect"].summary)
     parser.add_argument("path", help="a zarr store, an HDF5 or npz file, a LeRobot folder, or minari:ID")
     parser.add_argument("--plot", type=Path, help="where the picture goes; NAME.inspect.png in this folder by default")
     options = parser.parse_args(args)
@@ -50,7 +42,7 @@ def convert(args: Sequence[str]) -> int:
     from flowsteer.datasets.opening import WRITERS
     from flowsteer.datasets.opening import convert as write
 
-    parser = _Parser("flowsteer data convert", description=COMMANDS["convert"].summary)
+    parser = Parser("flowsteer data convert", description=COMMANDS["convert"].summary)
     parser.add_argument("source", help="a data set of any known form")
     parser.add_argument("target", type=Path, help=f"a new name that ends in {', '.join(WRITERS)}")
     options = parser.parse_args(args)
@@ -63,7 +55,7 @@ def fetch(args: Sequence[str]) -> int:
     from flowsteer.datasets.download import REMOTES
     from flowsteer.datasets.download import fetch as download
 
-    parser = _Parser("flowsteer data fetch", description=COMMANDS["fetch"].summary)
+    parser = Parser("flowsteer data fetch", description=COMMANDS["fetch"].summary)
     parser.add_argument("name", help=", ".join(REMOTES))
     parser.add_argument("folder", type=Path, nargs="?", default=Path("data"), help="where to; data/ by default")
     options = parser.parse_args(args)

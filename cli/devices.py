@@ -12,6 +12,8 @@ from accelerate.utils import InitProcessGroupKwargs
 from flowsteer.cli.errors import UsageError, unknown
 
 CHOICES = ("auto", "cpu")
+LAUNCHED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun and `accelerate launch` tell each process, beside WORLD_SIZE."""
 PATIENCE = timedelta(hours=6)
 """How long processes wait for the one that evaluates in simulation."""
 
@@ -33,16 +35,15 @@ def find_processes(name: str) -> Accelerator:
     Raises:
         UsageError: an unknown device, or a launcher whose processes do not know of each other.
     """
+    missing = [variable for variable in LAUNCHED if variable not in os.environ]
+    if missing and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(
+            f"{os.environ['WORLD_SIZE']} processes were started that do not know of each other "
+            f"({missing[0]} is not set): start them with torchrun or accelerate launch"
+        )
     # Precision is the loop's own business: accelerate's fp16 would scale gradients that nobody scales back.
-    accelerator = Accelerator(
+    return Accelerator(
         cpu=find_device(name).type == "cpu",
         mixed_precision="no",
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise UsageError(
-            f"{launched} processes were started, but only {accelerator.num_processes} work together: "
-            f"start them with torchrun or accelerate launch"
-        )
-    return accelerator

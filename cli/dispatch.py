@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from flowsteer.cli.errors import UsageError, unknown
 
 HELP = ("-h", "--help")
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a command line that it cannot parse as every other one that cannot be run."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UsageError with a pointer to the help."""
+        raise UsageError(f"{message}; see {self.prog} --help")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -13,10 +12,10 @@ from flowsteer.cli.application import Application
 from flowsteer.cli.devices import find_device
 from flowsteer.cli.errors import UsageError
 from flowsteer.cli.refusals import Composed
-from flowsteer.cli.simulation import episode_bar, find_task, make_environments
+from flowsteer.cli.simulation import find_task, run_episodes
 from flowsteer.configs.evaluation import EvaluationConfig
 from flowsteer.policies.checkpoint import load_policy, read_config, resolve
-from flowsteer.sim.evaluate import Evaluation, evaluate
+from flowsteer.sim.evaluate import Evaluation
 from flowsteer.sim.results import summary, write_evaluation
 
 
@@ -26,17 +25,8 @@ def run(config: DictConfig, folder: Path) -> float:
     device, options = find_device(config.device), config.eval
     policy = load_policy(checkpoint, device, config.weights)
     task = find_task(config.task, read_config(checkpoint))
-    environments = make_environments(task, options, config.episodes, policy.spec.observation_steps, device)
-    with closing(environments), episode_bar(config.episodes) as advance:
-        result = evaluate(
-            policy,
-            environments,
-            episodes=config.episodes,
-            seed=config.seed,
-            delay_steps=config.eval.delay_steps,
-            progress=lambda episode: advance(None, f"seed {episode.seed} done"),
-        )
-    write_evaluation(result, folder, task, config.eval.videos)
+    result = run_episodes(policy, task, options, config.episodes, config.seed, device)
+    write_evaluation(result, folder, task, options.videos)
     print_table(result, folder)
     return result.success.mean
 

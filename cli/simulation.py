@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from flowsteer.cli.errors import UsageError, unknown
 from flowsteer.configs.evaluation import EvaluationOptions
 from flowsteer.configs.groups import SIMULATED
 from flowsteer.policies.build import build
+from flowsteer.policies.policy import Policy
+from flowsteer.sim.evaluate import Evaluation, evaluate
 from flowsteer.sim.gym_env import GymVecEnv
 from flowsteer.sim.tasks.base import Task
 from flowsteer.sim.vec_env import VecEnv
@@ -54,6 +56,22 @@ def make_environments(
     """
     num_envs = options.num_envs or (HEAVY_ENVS if task.heavy else CHEAP_ENVS)
     return GymVecEnv(task, min(num_envs, episodes), observation_steps, device=device)
+
+
+def run_episodes(
+    policy: Policy, task: Task, options: EvaluationOptions | DictConfig, episodes: int, seed: int, device: torch.device
+) -> Evaluation:
+    """Judge `policy` in `task` over `episodes` seeds from `seed` on, with a bar."""
+    environments = make_environments(task, options, episodes, policy.spec.observation_steps, device)
+    with closing(environments), episode_bar(episodes) as advance:
+        return evaluate(
+            policy,
+            environments,
+            episodes=episodes,
+            seed=seed,
+            delay_steps=options.delay_steps,
+            progress=lambda episode: advance(None, f"seed {episode.seed} done"),
+        )
 
 
 @contextmanager

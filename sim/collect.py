@@ -288,10 +288,7 @@ def _in_order(workers: list[ProcessPoolExecutor], seeds: Iterable[int]) -> Itera
     def submit(turns: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, Future[Rollout]]]:
         with environment(SINGLE_THREADED):  # A worker's process starts with its first episode.
             for w, seed in turns:
-                # A worker that has died refuses an episode here, or gives none below.
-                with _named(w, len(workers), seed):
-                    rollout = workers[w].submit(_perform, seed)
-                yield w, seed, rollout
+                yield w, seed, _submitted(workers[w], seed)
 
     turns = zip(itertools.cycle(range(len(workers))), seeds, strict=False)
     waiting = deque(submit(itertools.islice(turns, IN_FLIGHT * len(workers))))
@@ -301,6 +298,16 @@ def _in_order(workers: list[ProcessPoolExecutor], seeds: Iterable[int]) -> Itera
             performed = rollout.result()
         yield performed
         waiting.extend(submit(itertools.islice(turns, 1)))
+
+
+def _submitted(worker: ProcessPoolExecutor, seed: int) -> Future[Rollout]:
+    try:
+        return worker.submit(_perform, seed)
+    except BrokenProcessPool as error:
+        # It died in an episode that waits before this one, whose turn it is to say so.
+        refused: Future[Rollout] = Future()
+        refused.set_exception(error)
+        return refused
 
 
 @contextmanager

@@ -21,8 +21,9 @@ def test_a_device_is_auto_or_cpu() -> None:
 
 def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    with pytest.raises(UsageError, match=r"2 processes were started, but only 1 work together: start them with torchr"):
+    with pytest.raises(UsageError, match=r"2 processes .* \(LOCAL_RANK is not set\): start them with torchrun or acc"):
         find_processes("cpu")
 
 
@@ -30,9 +31,10 @@ def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch: pytes
 def test_processes_of_torchrun_find_each_other(device: str, tmp_path: Path) -> None:
     script = tmp_path / "worker.py"
     script.write_text(
+        f"import sys\n"
         f"from flowsteer.cli.devices import find_processes\n"
         f"a = find_processes({device!r})\n"
-        f"print('rank', a.process_index, 'of', a.num_processes, flush=True)\n"
+        f"sys.stdout.write(f'rank {{a.process_index}} of {{a.num_processes}}\\n')\n"  # One write: lines stay whole.
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -1,6 +1,7 @@
 """Experts for the counting task, which workers import by name."""
 
 import os
+import time
 
 import numpy as np
 
@@ -19,7 +20,12 @@ class CountUp(Expert):
 
 
 class DiesInEpisode5(CountUp):
+    """With two workers its death is known before the episodes in front of it have been waited for."""
+
     def act(self, observation):
-        if observation["count"][0] == 5:
+        seed = observation["count"][0]
+        if seed == 2:
+            time.sleep(0.5)
+        if seed == 5:
             os._exit(7)
         return super().act(observation)
