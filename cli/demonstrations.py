@@ -60,17 +60,17 @@ def load_demonstrations(config: DictConfig, task: Task | None) -> Demonstrations
         DataError: naming the data set, the key and the remedy.
     """
     _check_dataset(config)
-    keys = _columns(config, task)
-    wanted = {column.key for column in keys.values()} | {ACTION}
+    keys = _keys(config, task)
+    wanted = {stored.key for stored in keys.values()} | {ACTION}
     buffer = open_dataset(config.dataset, keys=sorted(wanted), in_memory=config.data.in_memory)
-    arrays = {key: _select(buffer.array(column.key), column.columns) for key, column in keys.items()}
+    arrays = {key: _read(buffer, stored) for key, stored in keys.items()}
     spec = _spec(config, task, buffer, arrays)
     shaped = {key: _shaped(arrays[key], key, array, buffer.source) for key, array in spec.observations.items()}
     data = {**shaped, ACTION: buffer.array(ACTION)}
     return Demonstrations(ReplayBuffer(data, buffer.episode_ends, buffer.meta, check_finite=False), spec)
 
 
-def _columns(config: DictConfig, task: Task | None) -> dict[str, DatasetKey]:
+def _keys(config: DictConfig, task: Task | None) -> dict[str, DatasetKey]:
     """Where the data set keeps each observation: as told, else under its own name, else as the public sets do."""
     names = list(config.data.observations) if task is None else list(task.spec.observations)
     if not names:
@@ -85,8 +85,15 @@ def _columns(config: DictConfig, task: Task | None) -> dict[str, DatasetKey]:
     return {key: DatasetKey(key) for key in names} | usual | told
 
 
-def _select(array: Array, columns: slice) -> Array:
-    return array if columns == slice(None) else np.asarray(array[..., columns])
+def _read(buffer: ReplayBuffer, stored: DatasetKey) -> Array:
+    array = buffer.array(stored.key)
+    try:
+        return array if stored.read is None else stored.read(np.asarray(array))
+    except IndexError:
+        raise DataError(
+            f"{buffer.source}: '{stored.key}' of shape {list(array.shape)} is not what the task reads from it: "
+            f"give the observations under their own names, or tell them with data.names"
+        ) from None
 
 
 def _spec(config: DictConfig, task: Task | None, buffer: ReplayBuffer, arrays: Mapping[str, Array]) -> PolicySpec:

@@ -6,7 +6,7 @@ A new task is one file with one final `Task` class and one line in `TASKS` of `c
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -34,10 +34,10 @@ class Step:
 
 
 class DatasetKey(NamedTuple):
-    """Where the public demonstrations keep an observation: `array[key][..., columns]`."""
+    """Where the public demonstrations keep an observation: `read(array[key])`, or the array as it is."""
 
     key: str
-    columns: slice = slice(None)
+    read: Callable[[Array], Array] | None = None
 
 
 class SingleEnv(ABC):

@@ -142,8 +142,21 @@ class PushTEnv(SingleEnv):
 
 
 def _state(env: PushTEnv) -> Arrays:
-    x, y, angle = env.block_pose()
-    return {"state": np.array([*env.agent_position(), x, y, angle % (2 * math.pi)], dtype=np.float32)}
+    return {**_agent_position(env), "block_pose": _continuous(np.array(env.block_pose()))}
+
+
+def _continuous(pose: Array) -> Array:
+    """Poses x, y, angle [..., 3] as x, y, cos, sin [..., 4]: an angle jumps where it wraps, and a network with it."""
+    turned = np.stack([np.cos(pose[..., 2]), np.sin(pose[..., 2])], axis=-1)
+    return np.concatenate([pose[..., :2], turned], axis=-1).astype(np.float32)
+
+
+def _recorded_agent(state: Array) -> Array:
+    return state[..., 0:2]
+
+
+def _recorded_block(state: Array) -> Array:
+    return _continuous(state[..., 2:5])
 
 
 def _agent_position(env: PushTEnv) -> Arrays:
@@ -164,7 +177,7 @@ def _image(env: PushTEnv) -> Arrays:
 _AGENT = ArraySpec((2,))
 
 OBSERVATIONS: dict[str, tuple[dict[str, ArraySpec], Callable[[PushTEnv], Arrays]]] = {
-    "state": ({"state": ArraySpec((5,))}, _state),
+    "state": ({"agent_position": _AGENT, "block_pose": ArraySpec((4,))}, _state),
     "keypoints": ({"keypoint": ArraySpec((9, 2)), "agent_position": _AGENT}, _keypoints),
     "image": ({"image": ArraySpec((IMAGE, IMAGE, 3), "uint8"), "agent_position": _AGENT}, _image),
 }
@@ -177,9 +190,9 @@ class PushT(Task):
     Actions are target positions of the finger in pixels; the reward of a step is coverage / 0.95, at most 1.
 
     Args:
-        observation: "state" (finger x, y, block x, y, angle in [0, 2 pi)), "keypoints" (nine points of the block and
-            the finger's position) or "image" (96 x 96 and the finger's position); named and laid out as in the human
-            demonstrations.
+        observation: "state" (the finger's position; the block's x, y and cos, sin of its angle), "keypoints" (nine
+            points of the block, as in the human demonstrations, and the finger's position) or "image" (96 x 96 as
+            in the demonstrations, and the finger's position).
     """
 
     heavy: ClassVar[bool] = False
@@ -188,7 +201,11 @@ class PushT(Task):
         if observation not in OBSERVATIONS:
             raise SimError(f"pusht: observation '{observation}' is unknown, choose one of {sorted(OBSERVATIONS)}")
         self.observation = observation
-        self.dataset_keys = {"agent_position": DatasetKey("state", slice(0, 2)), "image": DatasetKey("img")}
+        self.dataset_keys = {
+            "agent_position": DatasetKey("state", _recorded_agent),
+            "block_pose": DatasetKey("state", _recorded_block),
+            "image": DatasetKey("img"),
+        }
         self.spec = TaskSpec(
             name="pusht" if observation == "state" else f"pusht_{observation}",
             observations=OBSERVATIONS[observation][0],

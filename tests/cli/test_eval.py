@@ -70,7 +70,7 @@ def test_the_delay_reaches_the_simulation(trained: Path, tmp_path: Path, capsys:
         (["checkpoint={run}", "episodes=0"], 2, "episodes must be at least 1, got 0"),
         (["checkpoint={run}", "episode=3"], 2, "no option 'episode'; nearest: episodes"),
         (["checkpoint={run}", "task=push"], 2, "task 'push' is unknown; nearest: pusht (known: "),
-        (["checkpoint={run}", "task=pusht_keypoints"], 1, "the policy needs observation 'state'"),
+        (["checkpoint={run}", "task=pusht_keypoints"], 1, "the policy needs observation 'block_pose'"),
         (["checkpoint={run}", "weights=old"], 1, "{run}"),
     ],
 )

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from flowsteer.cli.main import main
 from flowsteer.cli.run_log import read_metrics
+from flowsteer.datasets import ReplayBuffer, write_zarr
 from flowsteer.datasets.opening import open_dataset
 
 FLOWSTEER = Path(sys.executable).with_name("flowsteer")
@@ -50,7 +51,7 @@ def test_a_run_leaves_everything_that_the_documentation_promises(trained: Path, 
     assert config["dataset"] == str(dataset)
     assert config["train"]["steps"] == 4
     stored = yaml.safe_load((trained / "last" / "config.yaml").read_text())
-    assert stored["spec"]["observations"]["state"]["shape"] == [5]
+    assert stored["spec"]["observations"]["block_pose"]["shape"] == [4]
     assert stored["task"]["_target_"] == "flowsteer.sim.tasks.pusht.PushT"
 
 
@@ -169,9 +170,15 @@ def test_a_sweep_trains_every_combination(dataset: Path, tmp_path: Path, tiny: t
         (["dataset=null"], "dataset= is missing: name a zarr store, an HDF5 file, a LeRobot folder or minari:ID"),
         (["dataset=/nowhere"], "/nowhere: no such file or folder"),
         (["task=hopper"], "{dataset} has 2 action dimensions, task 'hopper' has 3"),
-        (["+data.names.state=stat"], "{dataset}: there is no key 'stat': did you mean 'state'?"),
-        (["+data.names.stat=state"], "data.names.stat names no observation of the task; it has state"),
-        (["+data.names.state=action"], "{dataset}: observation 'state' is float64 [2], the task's is float32 [5]"),
+        (["+data.names.block_pose=stat"], "{dataset}: there is no key 'stat': did you mean 'state'?"),
+        (
+            ["+data.names.stat=state"],
+            "data.names.stat names no observation of the task; it has agent_position, block_pose",
+        ),
+        (
+            ["+data.names.block_pose=action"],
+            "{dataset}: observation 'block_pose' is float64 [2], the task's is float32 [4]",
+        ),
         (["task=pusht_image"], "{dataset}: there is no key 'img'"),
         (["task=none"], "data.observations is empty: with task=none it lists the keys that the policy sees"),
         (["task=none", "data.observations=[state]"], "{dataset} does not tell its control rate: set data.control_hz"),
@@ -197,6 +204,16 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     told = error_of(capsys, *args, code=1)
     assert told.startswith(message.format(dataset=dataset)), told
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recorded_state_that_is_another_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny: tuple[str, ...]
+) -> None:
+    store = write_zarr(
+        ReplayBuffer({"state": np.zeros((20, 2)), "action": np.zeros((20, 2))}, np.array([20])), tmp_path / "other.zarr"
+    )
+    told = error_of(capsys, f"dataset={store}", f"out={tmp_path / 'run'}", *tiny, code=1)
+    assert told.startswith(f"{store}: 'state' of shape [20, 2] is not what the task reads from it: give the obs"), told
 
 
 def test_a_real_robots_demonstrations_train_without_a_task(

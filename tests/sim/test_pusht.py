@@ -16,17 +16,24 @@ def demonstrations(shared_data):
     return group["data"], list(zip([0, *ends[:-1]], ends, strict=True))
 
 
+def assert_same_state(observation, state):
+    """`state` is gym-pusht's: finger x, y, block x, y, angle."""
+    x, y, angle = state[2:]
+    np.testing.assert_array_equal(observation["agent_position"], state[:2].astype(np.float32))
+    np.testing.assert_allclose(observation["block_pose"], [x, y, math.cos(angle), math.sin(angle)], rtol=1e-6)
+
+
 def test_the_same_numbers_as_gym_pusht():
     ours, theirs, rng = PushT().make(), reference.PushTEnv(), np.random.default_rng(0)
     for seed in range(3):
         expected, _ = theirs.reset(seed=seed)
-        np.testing.assert_array_equal(ours.reset(seed)["state"], expected.astype(np.float32))
+        assert_same_state(ours.reset(seed), expected)
         for _ in range(150):
             # Aimed at the block, so that it is pushed about.
             action = (np.array(theirs.block.position) + rng.normal(0, 60, 2)).astype(np.float32)
             expected, reward, terminated, _, info = theirs.step(action)
             step = ours.step(action)
-            np.testing.assert_array_equal(step.observation["state"], expected.astype(np.float32))
+            assert_same_state(step.observation, expected)
             assert step.reward == pytest.approx(reward, abs=1e-12)
             assert (step.terminated, step.success) == (terminated, info["is_success"])
 
@@ -37,6 +44,13 @@ def test_on_the_goal_the_episode_ends_with_success():
     assert env.coverage() == pytest.approx(1.0)
     step = env.step(np.array([50.0, 50.0]))
     assert (step.reward, step.terminated, step.success) == (1.0, True, True)
+
+
+def test_the_observation_does_not_jump_where_the_angle_wraps():
+    env = PushT().make()
+    before, after = (env.set_state(np.array([50, 50, 200, 300, angle]))["block_pose"] for angle in (-1e-3, 1e-3))
+    np.testing.assert_allclose(before, [200, 300, 1, -1e-3], atol=1e-4)
+    np.testing.assert_allclose(after, [200, 300, 1, 1e-3], atol=1e-4)
 
 
 def test_coverage_by_hand():
@@ -76,8 +90,11 @@ def test_recorded_actions_replay_to_the_recorded_states(demonstrations):
     for begin, end in episodes[::25]:
         states, actions = data["state"][begin:end], data["action"][begin:end]
         env.set_state(states[0])
-        replayed = np.stack([env.step(action).observation["state"] for action in actions[:-1]])
-        np.testing.assert_allclose(replayed, states[1:], atol=0.2)
+        for action, state in zip(actions[:-1], states[1:], strict=True):
+            observation = env.step(action).observation
+            np.testing.assert_allclose(observation["agent_position"], state[:2], atol=0.2)
+            np.testing.assert_allclose(observation["block_pose"][:2], state[2:4], atol=0.2)
+            np.testing.assert_allclose(observation["block_pose"][2:], [np.cos(state[4]), np.sin(state[4])], atol=2e-3)
 
 
 def test_dataset_keys_lead_to_the_recorded_arrays(demonstrations):
@@ -86,5 +103,13 @@ def test_dataset_keys_lead_to_the_recorded_arrays(demonstrations):
         task = PushT(choice)
         for name, array in task.spec.observations.items():
             source = task.dataset_keys.get(name)
-            recorded = data[name][:1] if source is None else data[source.key][:1][..., source.columns]
-            assert recorded.shape[1:] == array.shape
+            recorded = data[name if source is None else source.key][:1]
+            observed = recorded if source is None or source.read is None else source.read(recorded)
+            assert observed.shape[1:] == array.shape
+
+
+def test_the_recorded_block_pose_is_read_as_it_is_observed():
+    state = np.array([[10.0, 20.0, 30.0, 40.0, math.pi / 6]])
+    keys = PushT().dataset_keys
+    np.testing.assert_array_equal(keys["agent_position"].read(state), [[10, 20]])
+    np.testing.assert_allclose(keys["block_pose"].read(state), [[30, 40, math.sqrt(3) / 2, 0.5]], rtol=1e-6)

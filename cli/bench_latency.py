@@ -1,0 +1,193 @@
+"""`flowsteer bench latency`: time per chunk at batch 1, beside the plain loop over a `diffusers` scheduler."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from flowsteer.cli.bench import benchmark
+from flowsteer.cli.devices import find_device
+from flowsteer.cli.errors import unknown
+from flowsteer.configs.groups import ENCODERS, NETWORKS, POLICIES
+from flowsteer.policies.build import build
+from flowsteer.policies.denoising import DenoisingPolicy
+from flowsteer.policies.spec import ArraySpec, PolicySpec
+from flowsteer.sim.errors import optional_module
+
+SPEC = PolicySpec(
+    {"state": ArraySpec((9,))}, action_dim=7, observation_steps=2, prediction_steps=16, execution_steps=8, control_hz=20
+)
+"""A 7-DoF arm's size."""
+TRAIN_STEPS = 100
+QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+
+
+@dataclass
+class LatencyBenchmark:
+    """Which policies, with freshly made weights.
+
+    Attributes:
+        policies, networks: names as in `flowsteer train`.
+        steps: K, denoising steps.
+        repeats: chunks that are timed, of each contender in turn.
+        device: "auto" or "cpu".
+    """
+
+    policies: list[str] = field(default_factory=lambda: ["diffusion", "flow"])
+    networks: list[str] = field(default_factory=lambda: list(NETWORKS))
+    steps: list[int] = field(default_factory=lambda: [1, 10])
+    repeats: int = 200
+    device: str = "auto"
+    out: str | None = None
+
+
+Chunk = Callable[[Tensor], Tensor]
+"""Starting noise [1, Tp, Da] -> chunk [1, Tp, Da] in normalised units."""
+
+
+def measure(config: DictConfig) -> dict[str, Any]:
+    """A row per policy, network and number of steps; times in milliseconds."""
+    device = find_device(config.device)
+    rows = []
+    for family, network, steps in product(config.policies, config.networks, config.steps):
+        policy = make_policy(family, network, steps).to(device)
+        contenders = {"ours": ours(policy), "diffusers": LOOPS[family](policy, steps)}
+        times = {name: _quantiles(taken) for name, taken in _race(contenders, config.repeats, device).items()}
+        rows.append(_row(family, network, steps, policy, times))
+    return {"rows": rows, "device": str(device), "repeats": config.repeats}
+
+
+def make_policy(family: str, network: str, steps: int) -> DenoisingPolicy:
+    """A policy for `SPEC`; unclipped, because the schedulers clip otherwise, and with no layer left at zero."""
+    for kind, name, known in (("policy", family, LOOPS), ("network", network, NETWORKS)):
+        if name not in known:
+            raise unknown(kind, name, known)
+    parts = {"network": NETWORKS[network], "encoder": ENCODERS["low_dim"], "steps": steps, "clip": None}
+    torch.manual_seed(0)
+    config = OmegaConf.merge(OmegaConf.structured(POLICIES[family]["policy"]), parts)
+    assert isinstance(config, DictConfig)
+    policy: DenoisingPolicy = build(config, spec=SPEC)
+    for parameter in policy.network.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return policy.eval()
+
+
+def ours(policy: DenoisingPolicy) -> Chunk:
+    """`predict`, without the units."""
+    features = _features(policy)
+    return lambda noise: policy._sample(features, noise, None)
+
+
+def diffusion_loop(policy: DenoisingPolicy, steps: int) -> Chunk:
+    """DDIM on the same grid: timesteps 99, 89, ... 9 are t = 1.0, 0.9, ... 0.1."""
+    scheduler = optional_module("diffusers", "dev").DDIMScheduler(
+        TRAIN_STEPS,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+    features = _features(policy)
+
+    def chunk(x: Tensor) -> Tensor:
+        scheduler.set_timesteps(steps, device=x.device)
+        for timestep in scheduler.timesteps:
+            t = ((timestep + 1) / TRAIN_STEPS).expand(len(x))
+            x = scheduler.step(_network(policy, x, t, features), timestep, x).prev_sample
+        return x
+
+    return chunk
+
+
+def flow_loop(policy: DenoisingPolicy, steps: int) -> Chunk:
+    """Euler steps of flow matching at t = 1, 1 - 1/K, ..."""
+    scheduler = optional_module("diffusers", "dev").FlowMatchEulerDiscreteScheduler()
+    features = _features(policy)
+
+    def chunk(x: Tensor) -> Tensor:
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist(), device=x.device)
+        for timestep in scheduler.timesteps:
+            t = (timestep / scheduler.config.num_train_timesteps).expand(len(x))
+            x = scheduler.step(_network(policy, x, t, features), timestep, x).prev_sample
+        return x
+
+    return chunk
+
+
+LOOPS: dict[str, Callable[[DenoisingPolicy, int], Chunk]] = {"diffusion": diffusion_loop, "flow": flow_loop}
+
+
+def _network(policy: DenoisingPolicy, x: Tensor, t: Tensor, features: Tensor) -> Tensor:
+    """The whole network at every step, as common code calls it."""
+    network = policy.network
+    out: Tensor = network(x, network.embed_time(t), network.embed_observation(features))
+    return out
+
+
+def _features(policy: DenoisingPolicy) -> Tensor:
+    device = policy.grid.device
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(1, SPEC.observation_steps, policy.encoder.feature_dim, generator=generator).to(device)
+
+
+@torch.inference_mode()
+def _race(contenders: dict[str, Chunk], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each chunk; the contenders take turns, so that a disturbance meets all of them."""
+    taken: dict[str, list[float]] = {name: [] for name in contenders}
+    for number, noise in enumerate(_noises(repeats + WARM_UP, device)):
+        for name, chunk in contenders.items():
+            _finish(device)
+            start = time.perf_counter()
+            chunk(noise)
+            _finish(device)
+            if number >= WARM_UP:
+                taken[name].append(time.perf_counter() - start)
+    return taken
+
+
+WARM_UP = 5
+
+
+def _noises(count: int, device: torch.device) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(count):
+        yield torch.randn(1, SPEC.prediction_steps, SPEC.action_dim, generator=generator).to(device)
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _quantiles(seconds: Iterable[float]) -> dict[str, float]:
+    milliseconds = 1e3 * np.array(list(seconds))
+    return {name: float(np.quantile(milliseconds, q)) for name, q in QUANTILES.items()}
+
+
+def _row(
+    family: str, network: str, steps: int, policy: DenoisingPolicy, times: dict[str, dict[str, float]]
+) -> dict[str, Any]:
+    weights = sum(parameter.numel() for parameter in policy.network.parameters())
+    return {
+        "policy": family,
+        "network": network,
+        "weights_M": weights / 1e6,
+        "steps": steps,
+        **{f"{name}_ms": value for name, value in times["ours"].items()},
+        "diffusers_p50_ms": times["diffusers"]["p50"],
+        "ratio": times["diffusers"]["p50"] / times["ours"]["p50"],
+    }
+
+
+main = benchmark(
+    "latency", "Time per chunk at batch 1, beside a plain loop over a diffusers scheduler.", LatencyBenchmark, measure
+)
