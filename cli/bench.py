@@ -1,18 +1,21 @@
 """`flowsteer bench NAME`: measure, print a table and write NAME.json.
 
-A new benchmark is one module with a config, a function(config) -> {"rows": [{column: value}, ...], ...} and
-`main = benchmark(...)`, and one line in BENCHMARKS.
+A new benchmark is one module with a config, a function(config) -> {"rows": [{column: value}, ...], ...}, where it helps
+a plot of that, `main = benchmark(...)`, and one line in BENCHMARKS.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import shlex
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -35,24 +38,42 @@ def main(args: Sequence[str]) -> int:
 
 
 Measure = Callable[[DictConfig], Mapping[str, Any]]
+Plot = Callable[[Mapping[str, Any], Path], None]
+"""(result, picture to write)."""
 
 
+@dataclass(frozen=True)
 class _Benchmark:
     """What a benchmark does with its folder; a class, so that launchers can pickle it."""
 
-    def __init__(self, name: str, measure: Measure) -> None:
-        self.name, self.measure = name, measure
+    name: str
+    measure: Measure
+    plot: Plot | None
 
     def __call__(self, config: DictConfig, folder: Path) -> None:
+        file = folder / config.get("name", self.name)
         result = self.measure(config)
-        write_json(folder / f"{self.name}.json", {**result, "machine": machine(), "versions": versions()})
-        print_rows(self.name, result["rows"])
-        print(f"written to {folder / self.name}.json")
+        made_by = shlex.join(["flowsteer", "bench", self.name, *HydraConfig.get().overrides.task])
+        write_json(
+            file.with_suffix(".json"), {"command": made_by, **result, "machine": machine(), "versions": versions()}
+        )
+        if self.plot is not None:
+            self.plot(result, file.with_suffix(".png"))
+        print_rows(file.name, result["rows"])
+        print(f"written to {file}.json")
 
 
-def benchmark(name: str, summary: str, config: type, measure: Measure) -> Application:
-    """The subcommand `flowsteer bench NAME`; `config` is a dataclass with an `out: str | None = None`."""
-    return Application(f"bench_{name}", summary, config, _Benchmark(name, measure), lambda composed: Path("runs/bench"))
+def benchmark(name: str, summary: str, config: type, measure: Measure, plot: Plot | None = None) -> Application:
+    """The subcommand `flowsteer bench NAME`.
+
+    Args:
+        name, summary: for the help.
+        config: a dataclass with an `out: str | None = None`, and a `name: str` if the files' name can be chosen.
+        measure: makes what NAME.json holds besides the machine and the command; `rows` are printed.
+        plot: makes NAME.png of it.
+    """
+    run = _Benchmark(name, measure, plot)
+    return Application(f"bench_{name}", summary, config, run, lambda composed: Path("runs/bench"))
 
 
 def machine() -> dict[str, Any]:
@@ -78,5 +99,13 @@ def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     for column in rows[0]:
         table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
     for row in rows:
-        table.add_row(*(f"{value:,.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+        table.add_row(*map(_cell, row.values()))
     Console().print(table)
+
+
+def _cell(value: Any) -> str:
+    """Numbers to four digits; a mapping (a mean and its bounds) as "mean (low to high)"."""
+    if isinstance(value, Mapping):
+        mean, low, high = map(_cell, value.values())
+        return f"{mean} ({low} to {high})"
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)

@@ -38,19 +38,20 @@ class Policy(nn.Module, ABC):
     Args:
         spec: the contract, stored in every checkpoint.
         encoder: builds the encoder from the observation specs.
-        normalizers: "min_max" (default), "mean_std" or "identity" per key, the action's under "action".
+        normalizers: "min_max", "mean_std" or "identity" per key, the action's under "action"; what is not named is
+            "min_max", or as the encoder wants it.
     """
 
     def __init__(self, spec: PolicySpec, encoder: EncoderFactory, normalizers: Mapping[str, str] | None = None) -> None:
         super().__init__()
         self.spec = spec
-        self.normalizers = dict(normalizers or {})
+        self.encoder = encoder(spec.observations)
+        self.normalizers = {**self.encoder.normalizers, **(normalizers or {})}
         widths = {key: math.prod(array.shape) for key, array in spec.observations.items() if array.dtype != "uint8"}
         unknown = set(self.normalizers) - {*widths, ACTION}
         if unknown:
             raise PolicyError(f"normalizers names {sorted(unknown)}, the policy has {sorted([*widths, ACTION])}")
         self.normalizer = Normalizer({**widths, ACTION: spec.action_dim})
-        self.encoder = encoder(spec.observations)
 
     @abstractmethod
     def draw(self, batch_size: int, generator: torch.Generator | None = None) -> Draws:

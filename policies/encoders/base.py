@@ -24,9 +24,13 @@ class Encoder(nn.Module, ABC):
     feature_dim: int
     """F."""
 
+    normalizers: dict[str, str]
+    """The normaliser of each key that wants another than the policy's default."""
+
     def __init__(self, observations: Mapping[str, ArraySpec]) -> None:
         super().__init__()
         self.observations = dict(observations)
+        self.normalizers = {}
 
     @abstractmethod
     def forward(self, obs: Mapping[str, Tensor]) -> Tensor:

@@ -49,6 +49,8 @@ class MultiModal(Encoder):
             groups[_kind(key, array, point_keys)][key] = array
         encoders = {kind: factories[kind](group) for kind, group in groups.items() if group}
         self.encoders = nn.ModuleDict(encoders)
+        for encoder in encoders.values():
+            self.normalizers |= encoder.normalizers
         self.feature_dim = sum(encoder.feature_dim for encoder in encoders.values())
 
     def forward(self, obs: Mapping[str, Tensor]) -> Tensor:

@@ -37,8 +37,8 @@ class PointNet(nn.Module):
 class PointCloud(Encoder):
     """Every point cloud through a PointNet of its own; features in the order of the specs.
 
-    The normaliser must treat all points alike, or the geometry is lost: "identity" for these keys, with coordinates
-    in metres around the workspace.
+    Its keys are not normalised unless told otherwise, since the geometry is lost where points are not treated alike:
+    coordinates are in metres around the workspace.
 
     Args:
         observations: arrays (P, C): P points with C >= 3 channels, coordinates first, then colours or the like.
@@ -61,6 +61,7 @@ class PointCloud(Encoder):
                     f"observation '{key}' must be a float point cloud (P, C) with C >= 3, "
                     f"got {array.dtype} {array.shape}"
                 )
+        self.normalizers = dict.fromkeys(observations, "identity")
         self.nets = nn.ModuleList(PointNet(array.shape[1], hidden, features) for array in observations.values())
         self.feature_dim = features * len(self.nets)
 

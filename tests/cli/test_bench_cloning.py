@@ -39,16 +39,19 @@ def test_seeds_are_summarised_by_policy(tmp_path: Path, capsys: pytest.CaptureFi
     chosen = f"runs=[{runs[0]},{runs[1]}]"
     assert main(["bench", "cloning", chosen, "judged=eval-5x0", "name=push", f"out={tmp_path / 'out'}"]) == 0
     result = json.loads((tmp_path / "out" / "push.json").read_text())
-    (row,) = result["by_policy"]
+    (row,) = result["rows"]
     assert row["policy"] == "FlowPolicy"
     assert row["seeds"] == 2
-    assert row["train_minutes"] == 2.0
-    assert [row["success"], row["success_lowest"], row["success_highest"]] == pytest.approx([0.4, 0.2, 0.6])
-    assert [r["seed"] for r in result["rows"]] == [0, 1]
-    (point,) = result["curves"][0]["points"]
+    assert row["minutes"] == 2.0
+    assert row["success"] == pytest.approx({"mean": 0.4, "lowest": 0.2, "highest": 0.6})
+    assert [run["seed"] for run in result["runs"]] == [0, 1]
+    (point,) = result["runs"][0]["curve"]
     assert point == {"step": 10, "train_minutes": 1.0, "max_reward": 0.5, "success": 0.25, "return": 7.0}
+    assert result["command"].startswith(f"flowsteer bench cloning '{chosen}' judged=eval-5x0 name=push out=")
     assert (tmp_path / "out" / "push.png").stat().st_size > 0
-    assert "FlowPolicy" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "FlowPolicy" in out
+    assert "0.4 (0.2 to 0.6)" in out
 
 
 def test_a_run_that_nobody_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from flowsteer.policies.encoders.point_cloud import PointCloud
 from flowsteer.policies.encoders.resnet import ResNet18
 from flowsteer.policies.encoders.vit import SmallViT
 from flowsteer.policies.errors import PolicyError
+from flowsteer.policies.gaussian import GaussianPolicy
 from flowsteer.policies.networks.residual_mlp import ResidualMLP
 from flowsteer.policies.spec import ArraySpec, PolicySpec
 
@@ -100,6 +101,15 @@ def test_low_dim_concatenates_in_the_order_of_the_specs() -> None:
     obs = {"b": torch.tensor([[[1.0, 2.0]]]), "a": torch.tensor([[[[3.0], [4.0]]]])}
     specs = {"a": ArraySpec((2, 1)), "b": ArraySpec((2,))}
     assert LowDim(specs)(obs).tolist() == [[[3, 4, 1, 2]]]
+
+
+def test_a_policy_leaves_point_clouds_as_they_are_unless_told_otherwise() -> None:
+    observations = {"cloud": ArraySpec((10, 3)), "joints": ArraySpec((3,))}
+    encoder = partial(MultiModal, point_keys=["cloud"])
+    spec = PolicySpec(observations, 2, 2, 8, 4, 10.0)
+    assert GaussianPolicy(spec, encoder).normalizers == {"cloud": "identity"}
+    told = GaussianPolicy(spec, encoder, normalizers={"cloud": "min_max", "joints": "mean_std"})
+    assert told.normalizers == {"cloud": "min_max", "joints": "mean_std"}
 
 
 def test_point_order_and_doubles_mean_nothing() -> None:
