@@ -14,7 +14,6 @@ from flowsteer.cli.errors import UsageError, unknown
 from flowsteer.cli.refusals import Composed
 from flowsteer.cli.simulation import episode_bar, find_task, run_episodes
 from flowsteer.configs.collect import CollectConfig
-from flowsteer.configs.evaluation import EvaluationOptions
 from flowsteer.datasets.demo_hdf5 import write_robomimic
 from flowsteer.datasets.replay_buffer import ReplayBuffer
 from flowsteer.datasets.zarr_store import write_zarr
@@ -54,7 +53,7 @@ def collect_demonstrations(config: DictConfig, folder: Path) -> Path:
 
 
 def _workers(config: DictConfig, task: Task) -> int:
-    return config.workers or (usable_cores() if task.heavy else 1)
+    return config.sim.workers or (usable_cores() if task.heavy else 1)
 
 
 def _roll_expert(config: DictConfig, task: Task) -> CollectedEpisodes:
@@ -78,7 +77,7 @@ def _roll_checkpoint(config: DictConfig, task: Task) -> CollectedEpisodes:
     """Judge as many episodes as are asked for, then play those to keep again, recording every step."""
     device = find_device(config.device)
     policy = load_policy(Path(config.checkpoint), device)
-    result = run_episodes(policy, task, EvaluationOptions(), config.episodes, config.seed, device)
+    result = run_episodes(policy, task, config.sim, episodes=config.episodes, seed=config.seed, device=device)
     kept = {e.seed: np.stack(e.actions) for e in result.kept if e.success or not config.only_successful}
     if not kept:
         raise UsageError(f"none of {config.episodes} episodes succeeded: only_successful=false keeps them all the same")

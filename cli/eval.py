@@ -25,7 +25,15 @@ def run(config: DictConfig, folder: Path) -> float:
     device, options = find_device(config.device), config.eval
     policy = load_policy(checkpoint, device, config.weights)
     task = find_task(config.task, read_config(checkpoint))
-    result = run_episodes(policy, task, options, config.episodes, config.seed, device)
+    result = run_episodes(
+        policy,
+        task,
+        config.sim,
+        episodes=config.episodes,
+        seed=config.seed,
+        delay_steps=options.delay_steps,
+        device=device,
+    )
     write_evaluation(result, folder, task, options.videos)
     print_table(result, folder)
     return result.success.mean

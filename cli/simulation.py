@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flowsteer.cli.errors import UsageError, unknown
-from flowsteer.configs.evaluation import EvaluationOptions
 from flowsteer.configs.groups import SIMULATED
+from flowsteer.configs.simulation import SimOptions
 from flowsteer.policies.build import build
 from flowsteer.policies.policy import Policy
+from flowsteer.sim.backends import BACKENDS, suitable
 from flowsteer.sim.evaluate import Evaluation, evaluate
-from flowsteer.sim.gym_env import GymVecEnv
 from flowsteer.sim.tasks.base import Task
 from flowsteer.sim.vec_env import VecEnv
 
@@ -43,33 +43,40 @@ def find_task(name: str | None, stored: Mapping[str, Any]) -> Task:
 
 
 def make_environments(
-    task: Task,
-    options: EvaluationOptions | DictConfig,
-    episodes: int,
-    observation_steps: int,
-    device: torch.device | str,
+    task: Task, sim: SimOptions | DictConfig, episodes: int, observation_steps: int, device: torch.device | str
 ) -> VecEnv:
     """A batch of environments of `task`, no more than there are episodes.
 
     Raises:
-        SimError: the simulator is not installed.
+        UsageError: there is no such back end.
+        SimError: the simulator is not installed, or the task does not run in that back end.
     """
-    num_envs = options.num_envs or (HEAVY_ENVS if task.heavy else CHEAP_ENVS)
-    return GymVecEnv(task, min(num_envs, episodes), observation_steps, device=device)
+    name = sim.backend or suitable(task)
+    if name not in BACKENDS:
+        raise unknown("sim.backend", name, BACKENDS)
+    num_envs = min(sim.num_envs or (HEAVY_ENVS if task.heavy else CHEAP_ENVS), episodes)
+    return BACKENDS[name](task, num_envs, observation_steps, workers=sim.workers, device=device)
 
 
 def run_episodes(
-    policy: Policy, task: Task, options: EvaluationOptions | DictConfig, episodes: int, seed: int, device: torch.device
+    policy: Policy,
+    task: Task,
+    sim: SimOptions | DictConfig,
+    *,
+    episodes: int,
+    seed: int,
+    delay_steps: int = 0,
+    device: torch.device,
 ) -> Evaluation:
     """Judge `policy` in `task` over `episodes` seeds from `seed` on, with a bar."""
-    environments = make_environments(task, options, episodes, policy.spec.observation_steps, device)
+    environments = make_environments(task, sim, episodes, policy.spec.observation_steps, device)
     with closing(environments), episode_bar(episodes) as advance:
         return evaluate(
             policy,
             environments,
             episodes=episodes,
             seed=seed,
-            delay_steps=options.delay_steps,
+            delay_steps=delay_steps,
             progress=lambda episode: advance(None, f"seed {episode.seed} done"),
         )
 

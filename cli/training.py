@@ -168,7 +168,7 @@ def _judge(
         raise UsageError("there is nothing to evaluate in: choose a task or set train.evaluate_every=0")
     if not accelerator.is_main_process:
         return None
-    env = make_environments(task, options, options.episodes, config.horizon.observation_steps, accelerator.device)
+    env = make_environments(task, config.sim, options.episodes, config.horizon.observation_steps, accelerator.device)
     stack.callback(env.close)
 
     def judge(policy: Policy, step: int) -> tuple[dict[str, float], float]:

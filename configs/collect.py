@@ -7,6 +7,7 @@ from typing import Any
 
 from hydra_zen import builds
 
+from flowsteer.configs.simulation import SimOptions
 from flowsteer.sim.collect import ActionNoise
 
 NoiseOptions: Any = builds(ActionNoise, populate_full_signature=True)
@@ -24,7 +25,6 @@ class CollectConfig:
         noise: on the expert's actions.
         record_clean: keep what the expert wanted, not what the noise made of it.
         only_successful: leave out failed episodes.
-        workers: processes; one per core when not given.
         format: "zarr" or "hdf5" (robomimic's).
         device: where a checkpoint's policy runs, "auto" (a GPU where there is one) or "cpu".
         out: the folder; data/TASK-EPISODES when not given.
@@ -37,7 +37,7 @@ class CollectConfig:
     noise: NoiseOptions = field(default_factory=NoiseOptions)
     record_clean: bool = True
     only_successful: bool = True
-    workers: int | None = None
     format: str = "zarr"
     device: str = "auto"
     out: str | None = None
+    sim: SimOptions = field(default_factory=SimOptions)

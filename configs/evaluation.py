@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from flowsteer.configs.simulation import SimOptions
+
 
 @dataclass
 class EvaluationOptions:
     """How episodes are run.
 
     Attributes:
-        num_envs: environments in a batch; when not given, as many as suit the task.
         delay_steps: simulated inference delay in env steps.
         videos: episodes to film.
     """
 
-    num_envs: int | None = None
     delay_steps: int = 0
     videos: int = 3
 
@@ -42,3 +42,4 @@ class EvaluationConfig:
     device: str = "auto"
     out: str | None = None
     eval: EvaluationOptions = field(default_factory=EvaluationOptions)
+    sim: SimOptions = field(default_factory=SimOptions)

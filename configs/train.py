@@ -9,6 +9,7 @@ from hydra_zen import builds
 from omegaconf import MISSING
 
 from flowsteer.configs.evaluation import EvaluationOptions
+from flowsteer.configs.simulation import SimOptions
 from flowsteer.policies.cloning import CloningConfig
 
 _LoopOptions: Any = builds(CloningConfig, populate_full_signature=True)
@@ -122,4 +123,5 @@ class TrainConfig:
     data: DataOptions = field(default_factory=DataOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     eval: TrainEvaluationOptions = field(default_factory=TrainEvaluationOptions)
+    sim: SimOptions = field(default_factory=SimOptions)
     log: LogOptions = field(default_factory=LogOptions)

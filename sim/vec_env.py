@@ -30,8 +30,9 @@ class StepResult:
         Never both: where the last permitted step also ends by rule, it is terminated.
     info: tensors [B]: `env_steps` (int64, executed steps), `reward_max` (float32, largest step reward),
         `success` (bool, the task's success held at some executed step), `seed` (int64, of the episode that the
-        chunk belonged to), `active` (bool, false where an idle environment did nothing), `lost` (bool, the
-        worker died: the episode counts for nothing, its observations here are not of that episode's end).
+        chunk belonged to), `active` (bool, false where an idle environment did nothing), `lost` (bool: the
+        worker died, the world blew up or its actions were not finite; the episode counts for nothing, its
+        observations here are not of that episode's end).
     """
 
     obs: Observation
@@ -76,10 +77,11 @@ class VecEnv(ABC):
     def step_chunk(self, actions: Tensor) -> StepResult:
         """Execute actions [B, Ta, Da] open loop; each environment stops at its episode's end.
 
-        Rows of idle environments are ignored. Actions are clipped to the limits of the spec.
+        Rows of idle environments are ignored. Actions are clipped to the limits of the spec. Where they are not
+        finite, that environment's episode is lost.
 
         Raises:
-            SimError: wrong shape, or an action that is not finite, naming the environment; nothing was stepped.
+            SimError: wrong shape, or no running environment has finite actions; nothing was stepped.
         """
 
     @abstractmethod

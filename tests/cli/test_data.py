@@ -70,7 +70,7 @@ def test_bad_input_is_one_line(
 
 def test_an_expert_is_collected(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("robosuite")
-    options = ["task=lift", "episodes=2", "seed=3", "workers=1", "noise.std=0.1"]
+    options = ["task=lift", "episodes=2", "seed=3", "sim.workers=1", "noise.std=0.1"]
     assert main(["data", "collect", *options, "out=two"]) == 0
     assert capsys.readouterr().out == f"{here / 'two' / 'lift.zarr'}: 2 episodes\n"
     buffer = open_dataset(here / "two" / "lift.zarr")

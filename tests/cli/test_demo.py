@@ -14,7 +14,7 @@ def test_the_demo_collects_trains_and_judges_and_goes_on_where_it_ended(
     pytest.importorskip("robosuite")
     # In this process: workers would each import everything anew.
     monkeypatch.setattr("flowsteer.cli.collect._workers", lambda config, task: 1)
-    monkeypatch.setattr("flowsteer.sim.gym_env.usable_cores", lambda: 0)
+    monkeypatch.setattr("flowsteer.sim.backends.usable_cores", lambda: 0)
     options = ["demonstrations=2", "steps=3", "episodes=1", "videos=0", f"out={tmp_path / 'demo'}"]
     assert main(["demo", *options]) == 0
     folder = tmp_path / "demo"

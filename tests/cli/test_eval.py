@@ -42,7 +42,7 @@ def test_a_run_is_judged_into_its_own_folder(trained: Path, capsys: pytest.Captu
 def test_the_result_depends_on_neither_the_batch_nor_the_name_of_the_checkpoint(trained: Path, tmp_path: Path) -> None:
     rows = []
     for name, checkpoint in (("a", trained / "best"), ("b", next((trained / "checkpoints").iterdir()))):
-        options = ["episodes=2", f"eval.num_envs={1 + (name == 'b')}", "eval.videos=0", f"out={tmp_path / name}"]
+        options = ["episodes=2", f"sim.num_envs={1 + (name == 'b')}", "eval.videos=0", f"out={tmp_path / name}"]
         assert main(["eval", f"checkpoint={checkpoint}", *options]) == 0
         rows.append(json.loads((tmp_path / name / "eval.json").read_text())["rows"])
     assert rows[0] == rows[1]
@@ -71,6 +71,12 @@ def test_the_delay_reaches_the_simulation(trained: Path, tmp_path: Path, capsys:
         (["checkpoint={run}", "episode=3"], 2, "no option 'episode'; nearest: episodes"),
         (["checkpoint={run}", "task=push"], 2, "task 'push' is unknown; nearest: pusht (known: "),
         (["checkpoint={run}", "task=pusht_keypoints"], 1, "the policy needs observation 'block_pose'"),
+        (
+            ["checkpoint={run}", "sim.backend=thread"],
+            2,
+            "sim.backend 'thread' is unknown; nearest: threads (known: gym, ",
+        ),
+        (["checkpoint={run}", "sim.backend=threads"], 1, "pusht: only MuJoCo tasks run on threads"),
         (["checkpoint={run}", "weights=old"], 1, "{run}"),
     ],
 )

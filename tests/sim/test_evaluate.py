@@ -6,9 +6,9 @@ from counting import EXIT, Counting
 
 from flowsteer.policies.errors import PolicyError
 from flowsteer.policies.spec import ArraySpec, PolicySpec
+from flowsteer.sim.backends import gym
 from flowsteer.sim.errors import SimError
 from flowsteer.sim.evaluate import evaluate
-from flowsteer.sim.gym_env import GymVecEnv
 
 COUNT = {"count": ArraySpec((3,))}
 
@@ -35,7 +35,7 @@ class Noisy:
 
 
 def executed(policy, delay_steps, num_envs=1, episodes=1, limit=9):
-    with GymVecEnv(Counting(limit=limit), num_envs, policy.spec.observation_steps) as env:
+    with gym(Counting(limit=limit), num_envs, policy.spec.observation_steps) as env:
         result = evaluate(policy, env, episodes=episodes, seed=0, delay_steps=delay_steps)
     return [[float(action[0]) for action in episode.actions] for episode in result.episodes]
 
@@ -70,7 +70,7 @@ def test_an_impossible_delay_is_refused_with_both_numbers(delay):
 
 def run(num_envs, episodes=7, policy=None, task=None):
     task = task or Counting(lengths={100 + i: 1 + 2 * i for i in range(7)}, limit=10)
-    with GymVecEnv(task, num_envs, 2) as env:
+    with gym(task, num_envs, 2) as env:
         return evaluate(policy or Noisy(), env, episodes=episodes, seed=100)
 
 
@@ -121,7 +121,7 @@ def test_lost_episodes_are_counted_and_left_out_of_the_means():
             chunk[obs["count"][:, -1, 0] == 101] = EXIT
             return chunk
 
-    with GymVecEnv(Counting(limit=5), 2, 2, workers=2) as env, pytest.warns(RuntimeWarning, match="died"):
+    with gym(Counting(limit=5), 2, 2, workers=2) as env, pytest.warns(RuntimeWarning, match="died"):
         result = evaluate(Deadly(2, 4, 3), env, episodes=4, seed=100)
     assert [episode.lost for episode in result.episodes] == [False, True, False, False]
     assert [episode.seed for episode in result.kept] == [100, 102, 103]
@@ -132,7 +132,7 @@ def test_lost_episodes_are_counted_and_left_out_of_the_means():
 
 def test_progress_is_told_after_every_episode():
     seen = []
-    with GymVecEnv(Counting(lengths={0: 9, 1: 2, 2: 2}, limit=10), 2, 2) as env:
+    with gym(Counting(lengths={0: 9, 1: 2, 2: 2}, limit=10), 2, 2) as env:
         evaluate(Noisy(), env, episodes=3, seed=0, progress=seen.append)
     assert [(episode.seed, episode.length) for episode in seen] == [(1, 2), (2, 2), (0, 9)]
 
@@ -140,9 +140,9 @@ def test_progress_is_told_after_every_episode():
 def test_a_policy_for_something_else_is_refused():
     policy = Telling(2, 4, 3)
     with pytest.raises(SimError, match="the policy observes 2 steps, the environments 1"):
-        evaluate(policy, GymVecEnv(Counting(), 1, 1), episodes=1, seed=0)
+        evaluate(policy, gym(Counting(), 1, 1), episodes=1, seed=0)
     policy.spec = PolicySpec({"state": ArraySpec((5,))}, 1, 2, 4, 3, 10.0)
     with pytest.raises(PolicyError, match=r"needs observation 'state', task 'counting' offers \['count', 'picture'\]"):
-        evaluate(policy, GymVecEnv(Counting(), 1, 2), episodes=1, seed=0)
+        evaluate(policy, gym(Counting(), 1, 2), episodes=1, seed=0)
     with pytest.raises(SimError, match="episodes must be at least 1, got 0"):
-        evaluate(Noisy(), GymVecEnv(Counting(), 1, 2), episodes=0, seed=0)
+        evaluate(Noisy(), gym(Counting(), 1, 2), episodes=0, seed=0)

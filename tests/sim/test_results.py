@@ -10,10 +10,10 @@ from counting import Counting
 
 from flowsteer.policies.spec import ArraySpec, PolicySpec
 from flowsteer.sim import results
+from flowsteer.sim.backends import gym
 from flowsteer.sim.errors import SimError
 from flowsteer.sim.evaluate import evaluate
 from flowsteer.sim.files import replacing
-from flowsteer.sim.gym_env import GymVecEnv
 from flowsteer.sim.results import choose, write_evaluation
 from flowsteer.sim.video import film, write_video
 
@@ -28,7 +28,7 @@ class Rising:
 
 
 def judged(task, episodes=4, seed=3):
-    with GymVecEnv(task, 2, 1) as env:
+    with gym(task, 2, 1) as env:
         return evaluate(Rising(), env, episodes=episodes, seed=seed)
 
 
@@ -156,7 +156,7 @@ def test_the_chunk_is_drawn_where_the_task_projects_it():
         def predict(self, obs, *, noise=None, generator=None):
             return torch.tensor([20.0, 30.0, 40.0])[None, :, None].expand(len(obs["count"]), 3, 1)
 
-    with GymVecEnv(Counting(limit=2), 1, 1) as env:
+    with gym(Counting(limit=2), 1, 1) as env:
         episode = evaluate(Pointing(), env, episodes=1, seed=0).episodes[0]
     frames, _ = film(Counting(limit=2), episode, Pointing.spec)
     first, second, end = frames

@@ -5,8 +5,8 @@ import pytest
 import torch
 from graphics import skip_without_graphics
 
+from flowsteer.sim.backends import gym
 from flowsteer.sim.errors import SimError, optional_module
-from flowsteer.sim.gym_env import GymVecEnv
 from flowsteer.sim.tasks.gymnasium_robotics import AdroitDoor, Kitchen
 from flowsteer.sim.tasks.locomotion import HalfCheetah, Hopper, Walker2d
 from flowsteer.sim.tasks.pusht import PushT
@@ -46,7 +46,7 @@ def roll(task, seeds):
     steps = 1 if task.heavy and any(array.dtype == "uint8" for array in spec.observations.values()) else CHUNK_STEPS
     low, high = torch.tensor(spec.action_low), torch.tensor(spec.action_high)
     generators = {seed: torch.Generator().manual_seed(seed) for seed in seeds}
-    with GymVecEnv(task, 2, 2, workers=0) as env:
+    with gym(task, 2, 2, workers=0) as env:
         results = [env.reset(list(seeds))]
         for _ in range(CHUNKS):
             unit = torch.stack([torch.rand(steps, spec.action_dim, generator=generators[s]) for s in seeds])

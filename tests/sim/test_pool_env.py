@@ -10,8 +10,8 @@ import pytest
 import torch
 from counting import EXIT, HANG, RAISE, Counting
 
+from flowsteer.sim.backends import gym
 from flowsteer.sim.errors import SimError
-from flowsteer.sim.gym_env import GymVecEnv
 from flowsteer.sim.vec_env import IDLE
 
 
@@ -26,7 +26,7 @@ def counts(obs):
 
 
 def test_observations_start_with_the_first_one_repeated_and_then_hold_the_last_steps():
-    env = GymVecEnv(Counting(), 1, 3)
+    env = gym(Counting(), 1, 3)
     assert counts(env.reset([7])) == [[(7, 0)] * 3]
     assert counts(env.step_chunk(chunk([1, 2])).obs) == [[(7, 0), (7, 1), (7, 2)]]
     result = env.step_chunk(chunk([3, 4, 5, 6]))
@@ -37,7 +37,7 @@ def test_observations_start_with_the_first_one_repeated_and_then_hold_the_last_s
 
 
 def test_a_chunk_stops_at_the_episodes_end():
-    env = GymVecEnv(Counting(lengths={0: 2}, limit=3), 2, 1)
+    env = gym(Counting(lengths={0: 2}, limit=3), 2, 1)
     env.reset(range(4))
     result = env.step_chunk(chunk([5, 600, 90, 90], [-4, -3, -9, 90]))
     assert result.reward_sum.tolist() == [605, -16]
@@ -54,14 +54,14 @@ def test_a_chunk_stops_at_the_episodes_end():
 
 
 def test_an_end_by_rule_at_the_last_permitted_step_is_terminated_only():
-    env = GymVecEnv(Counting(lengths={0: 3}, limit=3), 1, 1)
+    env = gym(Counting(lengths={0: 3}, limit=3), 1, 1)
     env.reset([0])
     result = env.step_chunk(chunk([1, 1, 1]))
     assert (result.terminated.tolist(), result.truncated.tolist()) == ([True], [False])
 
 
 def test_the_time_limit_counts_steps_of_all_chunks():
-    env = GymVecEnv(Counting(limit=5), 1, 2)
+    env = gym(Counting(limit=5), 1, 2)
     env.reset([0])
     assert not env.step_chunk(chunk([1, 1])).ended.any()
     assert not env.step_chunk(chunk([1, 1])).ended.any()
@@ -72,7 +72,7 @@ def test_the_time_limit_counts_steps_of_all_chunks():
 
 
 def test_environments_stay_idle_when_the_seeds_run_out():
-    env = GymVecEnv(Counting(lengths={0: 1, 1: 4, 2: 1}), 3, 1)
+    env = gym(Counting(lengths={0: 1, 1: 4, 2: 1}), 3, 1)
     env.reset(range(2))
     assert env.seeds == (0, 1, IDLE)
     result = env.step_chunk(chunk([1, 1], [1, 1], [1, 1]))
@@ -86,29 +86,40 @@ def test_environments_stay_idle_when_the_seeds_run_out():
 
 
 def test_a_second_reset_starts_over():
-    env = GymVecEnv(Counting(), 2, 1)
+    env = gym(Counting(), 2, 1)
     env.reset(itertools.count())
     env.step_chunk(chunk([1], [1]))
     assert counts(env.reset([8, 9])) == [[(8, 0)], [(9, 0)]]
 
 
 def test_actions_are_clipped_to_the_limits():
-    env = GymVecEnv(Counting(), 1, 1)
+    env = gym(Counting(), 1, 1)
     env.reset([0])
     assert env.step_chunk(chunk([5000, -5000])).obs["count"][0, 0, 2] == -1000
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_actions_that_are_not_finite_are_refused_before_anything_moves(bad):
-    env = GymVecEnv(Counting(), 2, 1)
+def test_actions_that_are_not_finite_cost_that_episode_and_no_other(bad):
+    env = gym(Counting(), 2, 1)
+    env.reset([5, 6, 7])
+    result = env.step_chunk(chunk([1, 1], [1, bad]))
+    assert result.info["lost"].tolist() == [False, True]
+    assert result.info["env_steps"].tolist() == [2, 0]
+    assert not (result.terminated | result.truncated).any()
+    assert counts(result.obs) == [[(5, 2)], [(7, 0)]]
+    assert env.seeds == (5, 7)
+
+
+def test_where_no_action_is_finite_the_policy_is_to_blame():
+    env = gym(Counting(), 3, 1)
     env.reset([5, 6])
-    with pytest.raises(SimError, match=r"counting: the actions of environment 1 \(seed 6\) are not finite"):
-        env.step_chunk(chunk([1, 1], [1, bad]))
-    assert env.step_chunk(chunk([1, 1], [1, 1])).obs["count"][:, 0, 1].tolist() == [2, 2]
+    with pytest.raises(SimError, match="counting: no environment got finite actions; the policy has diverged"):
+        env.step_chunk(chunk([1, float("nan")], [float("inf"), 1], [1, 1]))
+    assert env.step_chunk(chunk([1, 1], [1, 1], [1, 1])).obs["count"][:2, 0, 1].tolist() == [2, 2]
 
 
 def test_actions_of_the_wrong_shape_are_refused():
-    env = GymVecEnv(Counting(), 2, 1)
+    env = gym(Counting(), 2, 1)
     env.reset([5, 6])
     for shape in ([2, 1], [3, 4, 1], [2, 4, 2], [2, 0, 1]):
         with pytest.raises(SimError, match=r"actions must be \[2, Ta, 1\], got "):
@@ -117,13 +128,13 @@ def test_actions_of_the_wrong_shape_are_refused():
 
 def test_sizes_must_be_positive():
     with pytest.raises(SimError, match="num_envs and observation_steps must be at least 1, got 0 and 2"):
-        GymVecEnv(Counting(), 0, 2)
+        gym(Counting(), 0, 2)
 
 
 def roll(workers):
     generator = torch.Generator().manual_seed(0)
     seen = []
-    with GymVecEnv(Counting(lengths={s: 1 + 3 * s % 11 for s in range(20)}, limit=8), 5, 2, workers=workers) as env:
+    with gym(Counting(lengths={s: 1 + 3 * s % 11 for s in range(20)}, limit=8), 5, 2, workers=workers) as env:
         seen.append(env.reset(range(17)))
         while any(seed != IDLE for seed in env.seeds):
             result = env.step_chunk(torch.rand(5, 3, 1, generator=generator))
@@ -142,7 +153,7 @@ def test_workers_give_exactly_what_one_process_gives():
 
 
 def test_a_dead_worker_costs_its_episodes_and_nothing_else():
-    with GymVecEnv(Counting(limit=4), 3, 1, workers=2) as env:
+    with gym(Counting(limit=4), 3, 1, workers=2) as env:
         env.reset(range(6))
         with pytest.warns(
             RuntimeWarning, match=r"the worker of environments \[0, 2\] died \(process \d+, exit code 3\)"
@@ -161,7 +172,7 @@ def test_a_dead_worker_costs_its_episodes_and_nothing_else():
 
 
 def test_a_worker_killed_between_chunks_and_one_that_hangs_are_replaced():
-    with GymVecEnv(Counting(), 2, 1, workers=2, timeout_s=1.0) as env:
+    with gym(Counting(), 2, 1, workers=2, timeout_s=1.0) as env:
         env.reset(itertools.count())
         os.kill(env._pool._workers[1].process.pid, signal.SIGKILL)
         with pytest.warns(RuntimeWarning, match=r"environments \[1\] died .* exit code -9"):
@@ -175,7 +186,7 @@ def test_a_worker_killed_between_chunks_and_one_that_hangs_are_replaced():
 
 
 def test_a_death_in_reset_is_told_by_the_next_chunk():
-    with GymVecEnv(Counting(deadly_seeds=[1]), 2, 1, workers=2) as env:
+    with gym(Counting(deadly_seeds=[1]), 2, 1, workers=2) as env:
         with pytest.warns(RuntimeWarning, match=r"environments \[1\] died"):
             env.reset(range(3))
         result = env.step_chunk(chunk([1], [1]))
@@ -186,7 +197,7 @@ def test_a_death_in_reset_is_told_by_the_next_chunk():
 
 @pytest.mark.filterwarnings("ignore:.*new worker takes over:RuntimeWarning")
 def test_a_worker_that_keeps_dying_stops_the_run():
-    with GymVecEnv(Counting(deadly_seeds=range(99)), 1, 1, workers=1) as env:
+    with gym(Counting(deadly_seeds=range(99)), 1, 1, workers=1) as env:
         env.reset(range(99))
         assert env.step_chunk(chunk([1])).info["lost"].all()
         with pytest.raises(SimError, match="3 times in a row: the simulator cannot run here"):
@@ -194,7 +205,7 @@ def test_a_worker_that_keeps_dying_stops_the_run():
 
 
 def test_workers_that_hang_share_the_time_that_closing_gives_them(monkeypatch):
-    env = GymVecEnv(Counting(), 2, 1, workers=2)
+    env = gym(Counting(), 2, 1, workers=2)
     env.reset(range(2))
     granted = []
     for i, worker in env._pool._workers.items():
@@ -207,7 +218,7 @@ def test_workers_that_hang_share_the_time_that_closing_gives_them(monkeypatch):
 
 
 def test_an_error_inside_a_worker_is_told_in_one_line():
-    with GymVecEnv(Counting(), 1, 1, workers=1) as env:
+    with gym(Counting(), 1, 1, workers=1) as env:
         env.reset(range(3))
         with pytest.raises(
             SimError, match="counting: an environment failed in its worker: ValueError: the arm came off"

@@ -1,0 +1,20 @@
+"""Options of every command that steps a task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class SimOptions:
+    """Where the task is stepped.
+
+    Attributes:
+        backend: "gym" (any task), "threads" (MuJoCo tasks, batched on CPU threads); what suits the task when not given.
+        num_envs: environments in a batch; when not given, as many as suit the task.
+        workers: processes or threads that they are dealt over; when not given, as many as suit the task.
+    """
+
+    backend: str | None = None
+    num_envs: int | None = None
+    workers: int | None = None

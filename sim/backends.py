@@ -1,0 +1,93 @@
+"""The back ends by name: how a task becomes a batch of environments."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from flowsteer.sim.cores import usable_cores
+from flowsteer.sim.errors import SimError
+from flowsteer.sim.pool import LocalPool, Pool
+from flowsteer.sim.pool_env import PoolVecEnv
+from flowsteer.sim.rollout_pool import RolloutPool
+from flowsteer.sim.tasks.base import Task
+from flowsteer.sim.tasks.mujoco_task import MujocoTask
+from flowsteer.sim.vec_env import VecEnv
+from flowsteer.sim.worker_pool import WorkerPool
+
+
+class Backend(Protocol):
+    """Makes `num_envs` environments of `task` with `observation_steps` observed steps."""
+
+    def __call__(
+        self,
+        task: Task,
+        num_envs: int,
+        observation_steps: int,
+        *,
+        workers: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> VecEnv:
+        """See the back ends.
+
+        Raises:
+            SimError: a size is not positive, a package is missing, or the task cannot run there.
+        """
+
+
+def gym(
+    task: Task,
+    num_envs: int,
+    observation_steps: int,
+    *,
+    workers: int | None = None,
+    timeout_s: float = 120.0,
+    device: torch.device | str = "cpu",
+) -> VecEnv:
+    """A batch of `task.make()` environments, for every task.
+
+    Args:
+        task, num_envs, observation_steps, device: see `Backend`.
+        workers: processes that the environments are dealt over; 0 keeps them in this one. By default 0 for cheap
+            tasks and one per usable core for heavy ones. Episodes are the same either way.
+        timeout_s: a worker that takes longer over one chunk or reset counts as crashed.
+    """
+    _check_sizes(num_envs, observation_steps)
+    if workers is None:
+        workers = usable_cores() if task.heavy else 0
+    pool: Pool = (
+        LocalPool(task, num_envs, observation_steps)
+        if workers == 0
+        else WorkerPool(task, num_envs, observation_steps, workers, timeout_s)
+    )
+    return PoolVecEnv(task.spec, pool, num_envs, observation_steps, device)
+
+
+def threads(
+    task: Task,
+    num_envs: int,
+    observation_steps: int,
+    *,
+    workers: int | None = None,
+    device: torch.device | str = "cpu",
+) -> VecEnv:
+    """MuJoCo worlds on `workers` threads, one per usable core when not given; for MuJoCo tasks."""
+    _check_sizes(num_envs, observation_steps)
+    if not isinstance(task, MujocoTask):
+        raise SimError(f"{task.spec.name}: only MuJoCo tasks run on threads; choose sim.backend=gym")
+    pool = RolloutPool(task, num_envs, observation_steps, workers)
+    return PoolVecEnv(task.spec, pool, num_envs, observation_steps, device)
+
+
+BACKENDS: dict[str, Backend] = {"gym": gym, "threads": threads}
+
+
+def suitable(task: Task) -> str:
+    """The back end that is used when none is named."""
+    return "threads" if isinstance(task, MujocoTask) else "gym"
+
+
+def _check_sizes(num_envs: int, observation_steps: int) -> None:
+    if min(num_envs, observation_steps) < 1:
+        raise SimError(f"num_envs and observation_steps must be at least 1, got {num_envs} and {observation_steps}")

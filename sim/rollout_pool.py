@@ -1,0 +1,137 @@
+"""MuJoCo worlds on CPU threads: a whole chunk of all worlds is one call of `mujoco.rollout`.
+
+A chunk is open loop, so every world is stepped to its end in C++; where an episode ended inside the chunk is found
+afterwards, and what follows is masked. Dimension letters: n worlds that run, Ta control steps, To observed steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flowsteer.sim.cores import usable_cores
+from flowsteer.sim.errors import optional_module
+from flowsteer.sim.pool import Pool
+from flowsteer.sim.slot import OUTCOME, Outcomes, window_arrays
+from flowsteer.sim.tasks.base import Array, Arrays
+from flowsteer.sim.tasks.mujoco_task import MujocoTask, State
+
+DIVERGED = 1e10
+"""MuJoCo's own bound (mjMAXVAL) on positions and velocities."""
+
+
+@final
+class RolloutPool(Pool):
+    """`num_envs` worlds of `task` on `threads` threads (one per usable core when not given).
+
+    A world whose state stops being finite is lost: its episode counts for nothing, the others go on.
+    """
+
+    def __init__(self, task: MujocoTask, num_envs: int, observation_steps: int, threads: int | None = None) -> None:
+        self._task, self._observation_steps = task, observation_steps
+        self._mujoco, rollout = optional_module("mujoco", "mujoco"), optional_module("mujoco.rollout", "mujoco")
+        self._model = task.model()
+        threads = min(num_envs, threads or usable_cores())
+        self._data = [self._mujoco.MjData(self._model) for _ in range(threads)]
+        self._rollout = rollout.Rollout(nthread=threads)
+        size = self._mujoco.mj_stateSize(self._model, self._mujoco.mjtState.mjSTATE_FULLPHYSICS)
+        # Time, qpos, qvel, actuator states, as rollout lays them out.
+        self._states = np.zeros((num_envs, size))
+        self._sensors = np.zeros((num_envs, self._model.nsensordata))
+        self._steps = np.zeros(num_envs, dtype=np.int64)
+        shapes = window_arrays(task.spec, num_envs, observation_steps)
+        self.windows: Arrays = {key: np.zeros(shape, dtype) for key, (shape, dtype) in shapes.items()}
+
+    def start(self, seeds: Mapping[int, int]) -> None:
+        """See `Pool`."""
+        if not seeds:
+            return
+        worlds = np.fromiter(seeds, dtype=np.int64)
+        qpos, qvel = self._task.initial(np, self._task.draws(seeds.values()))
+        self._steps[worlds] = 0
+        self._states[worlds] = 0
+        self._states[worlds, 1 : 1 + self._model.nq + self._model.nv] = np.concatenate([qpos, qvel], axis=1)
+        if self._model.nsensordata:
+            self._sensors[worlds] = [self._sensed(state) for state in self._states[worlds]]
+        observed = self._task.observe(np, self._state(self._states[worlds], self._sensors[worlds]))
+        for key, window in self.windows.items():
+            window[worlds] = observed[key][:, None]
+
+    def run(self, actions: Mapping[int, Array]) -> tuple[Outcomes, set[int]]:
+        """See `Pool`."""
+        worlds = np.fromiter(actions, dtype=np.int64)
+        if not len(worlds):
+            return np.zeros(0, dtype=OUTCOME), set()
+        chunks = np.stack(list(actions.values()))
+        states, sensors = self._simulate(worlds, chunks)
+        before, after = self._state(states[:, :-1], sensors[:, :-1]), self._state(states[:, 1:], sensors[:, 1:])
+        outcomes, lost = self._judge(worlds, chunks, before, after)
+        last = outcomes["env_steps"]
+        self._remember(worlds, after, last)
+        rows = np.arange(len(worlds))
+        self._states[worlds], self._sensors[worlds] = states[rows, last], sensors[rows, last]
+        self._steps[worlds] += last
+        return outcomes, set(worlds[lost].tolist())
+
+    def close(self) -> None:
+        """See `Pool`."""
+        self._rollout.close()
+
+    def _simulate(self, worlds: NDArray[np.int64], chunks: Array) -> tuple[Array, Array]:
+        """States [n, 1 + Ta, ...] and sensors [n, 1 + Ta, ...] before the chunk and after each control step."""
+        skip = self._task.frame_skip
+        control = np.repeat(np.asarray(self._task.control(np, chunks), np.float64), skip, axis=1)
+        starts = self._states[worlds]
+        # Rollout has its own arrays made and returns every physics step; only the last of each control step counts.
+        states, sensors = self._rollout.rollout(self._model, self._data, starts, control)
+        return (
+            np.concatenate([starts[:, None], states[:, skip - 1 :: skip]], axis=1),
+            np.concatenate([self._sensors[worlds][:, None], sensors[:, skip - 1 :: skip]], axis=1),
+        )
+
+    def _judge(
+        self, worlds: NDArray[np.int64], chunks: Array, before: State, after: State
+    ) -> tuple[Outcomes, NDArray[np.bool_]]:
+        """An outcome per world, and whether it is lost."""
+        steps = np.arange(1, chunks.shape[1] + 1)
+        sane = np.all(np.abs(after.qpos) < DIVERGED, axis=-1) & np.all(np.abs(after.qvel) < DIVERGED, axis=-1)
+        terminated = self._task.terminated(np, after) & sane
+        left = self._task.spec.max_episode_steps - self._steps[worlds]
+        final = terminated | ~sane | (steps >= left[:, None])
+        ended = final.any(axis=1)
+        last = np.where(ended, final.argmax(axis=1) + 1, len(steps))
+        executed = steps <= last[:, None]
+        rewards = self._task.reward(np, before, chunks, after)
+        rows = np.arange(len(worlds))
+        lost = ~sane[rows, last - 1]
+        outcomes = np.zeros(len(worlds), dtype=OUTCOME)
+        outcomes["reward_sum"] = np.where(executed & sane, rewards, 0).sum(axis=1)
+        outcomes["reward_max"] = np.where(executed & sane, rewards, -np.inf).max(axis=1)
+        outcomes["env_steps"] = last
+        outcomes["terminated"] = terminated[rows, last - 1]
+        outcomes["truncated"] = ended & ~outcomes["terminated"] & ~lost
+        outcomes["success"] = (self._task.success(np, after) & executed & sane).any(axis=1)
+        return outcomes, lost
+
+    def _remember(self, worlds: NDArray[np.int64], after: State, last: NDArray[np.int64]) -> None:
+        """Append the observations of the executed steps to the windows."""
+        recent = last[:, None] + np.arange(self._observation_steps)
+        for key, new in self._task.observe(np, after).items():
+            seen = np.concatenate([self.windows[key][worlds], new], axis=1)
+            self.windows[key][worlds] = np.take_along_axis(
+                seen, recent.reshape(*recent.shape, *(1,) * (seen.ndim - 2)), axis=1
+            )
+
+    def _state(self, states: Array, sensors: Array) -> State:
+        nq, nv = self._model.nq, self._model.nv
+        return State(states[..., 1 : 1 + nq], states[..., 1 + nq : 1 + nq + nv], sensors)
+
+    def _sensed(self, state: Array) -> Array:
+        """What the sensors show in one state."""
+        data = self._data[0]
+        self._mujoco.mj_setState(self._model, data, state, self._mujoco.mjtState.mjSTATE_FULLPHYSICS)
+        self._mujoco.mj_forward(self._model, data)
+        return np.array(data.sensordata)

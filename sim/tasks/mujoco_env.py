@@ -1,0 +1,85 @@
+"""A MuJoCo task as a single environment: to film, to step beside others, to compare with."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flowsteer.sim.environ import environment
+from flowsteer.sim.errors import SimError, optional_module
+from flowsteer.sim.tasks.base import Array, Arrays, SingleEnv, Step
+from flowsteer.sim.tasks.gymnasium_env import REMEDY, RENDER_SIZE
+from flowsteer.sim.tasks.mujoco_task import MujocoTask, State
+
+
+@final
+class MujocoEnv(SingleEnv):
+    """One world of `task`."""
+
+    def __init__(self, task: MujocoTask) -> None:
+        self._mujoco = optional_module("mujoco", "mujoco")
+        self._task = task
+        self._model = task.model()
+        self._data = self._mujoco.MjData(self._model)
+        self._renderer: Any = None
+
+    def reset(self, seed: int) -> Arrays:
+        """Start the episode of `seed`."""
+        (qpos,), (qvel,) = self._task.initial(np, self._task.draws([seed]))
+        self._mujoco.mj_resetData(self._model, self._data)
+        self._data.qpos[:], self._data.qvel[:] = qpos, qvel
+        self._mujoco.mj_forward(self._model, self._data)
+        return self._observe(self._state())
+
+    def step(self, action: Array) -> Step:
+        """Hold one action for a control step.
+
+        Raises:
+            SimError: the world has blown up.
+        """
+        before = self._state()
+        self._data.ctrl[:] = self._task.control(np, action)
+        self._mujoco.mj_step(self._model, self._data, nstep=self._task.frame_skip)
+        after = self._state()
+        if not np.isfinite(after.qpos).all():
+            raise SimError(f"{self._task.spec.name}: the physics diverged under the action {action.tolist()}")
+        reward = self._task.reward(np, before, action, after)
+        terminated, success = self._task.terminated(np, after), self._task.success(np, after)
+        return Step(self._observe(after), float(reward), bool(terminated), bool(success))
+
+    def render(self) -> NDArray[np.uint8]:
+        """The view of the task's camera, [256, 256, 3].
+
+        Raises:
+            SimError: no graphics library, with the remedy.
+        """
+        library = os.environ.get("MUJOCO_GL") or "egl"
+        try:
+            with environment({"MUJOCO_GL": library}):
+                if self._renderer is None:
+                    self._renderer = self._mujoco.Renderer(self._model, RENDER_SIZE, RENDER_SIZE)
+                camera = -1 if self._task.camera is None else self._task.camera
+                self._renderer.update_scene(self._data, camera)
+                picture: NDArray[np.uint8] = self._renderer.render()
+        except Exception as error:  # each library fails in its own way: ImportError, AttributeError, GLError
+            raise SimError(f"cannot render off screen with MUJOCO_GL={library} ({error}): {REMEDY}") from error
+        return picture
+
+    def project(self, actions: Array) -> NDArray[np.float64] | None:
+        """As the task says."""
+        return self._task.project(actions)
+
+    def close(self) -> None:
+        """Free the renderer."""
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+
+    def _state(self) -> State:
+        return State(self._data.qpos.copy(), self._data.qvel.copy(), self._data.sensordata.copy())
+
+    def _observe(self, state: State) -> Arrays:
+        return {key: np.asarray(array, np.float32) for key, array in self._task.observe(np, state).items()}

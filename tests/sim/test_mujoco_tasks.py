@@ -1,0 +1,113 @@
+"""MuJoCo tasks against Gymnasium, and the thread back end against single worlds."""
+
+import numpy as np
+import pytest
+import torch
+from counting import Counting
+
+from flowsteer.sim.backends import gym, threads
+from flowsteer.sim.errors import SimError
+from flowsteer.sim.rollout_pool import RolloutPool
+from flowsteer.sim.tasks.locomotion import HalfCheetah, Hopper, Walker2d
+from flowsteer.sim.tasks.mujoco_task import load_mjcf
+
+gymnasium = pytest.importorskip("gymnasium")
+mujoco = pytest.importorskip("mujoco")
+
+RUNNERS = {"Hopper-v5": Hopper(), "Walker2d-v5": Walker2d(), "HalfCheetah-v5": HalfCheetah()}
+Ta = 4
+
+
+@pytest.mark.parametrize("env_id", list(RUNNERS))
+def test_threads_equal_gymnasium_step_by_step(env_id):
+    # The chaos of the cheetah's contacts blows the difference of 1e-16 that the solver's warm start makes up to 1
+    # within 100 steps; without warm start in both there is no difference.
+    task, seeds, steps = RUNNERS[env_id], range(50), 100
+    theirs = gymnasium.make(env_id).unwrapped
+    theirs.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_WARMSTART
+    pool = RolloutPool(task, len(seeds), 1, threads=2)
+    pool.start(dict(enumerate(seeds)))
+    actions = np.random.default_rng(0).uniform(-1, 1, (len(seeds), steps, task.spec.action_dim)).astype(np.float32)
+    observations, rewards = (np.zeros((len(seeds), steps, *s)) for s in (pool.windows["state"].shape[2:], ()))
+    lengths = np.full(len(seeds), steps)
+    for i, seed in enumerate(seeds):
+        first, _ = theirs.reset(seed=seed)
+        np.testing.assert_array_equal(pool.windows["state"][i, 0], first.astype(np.float32))
+        for t in range(steps):
+            observations[i, t], rewards[i, t], terminated, _, _ = theirs.step(actions[i, t])
+            if terminated:
+                lengths[i] = t + 1
+                break
+    running, total = dict.fromkeys(range(len(seeds))), np.zeros(len(seeds), int)
+    for begin in range(0, steps, Ta):
+        outcomes, lost = pool.run({i: actions[i, begin : begin + Ta] for i in running})
+        assert not lost
+        for i, outcome in zip(list(running), outcomes, strict=True):
+            total[i] += outcome["env_steps"]
+            last = total[i] - 1
+            np.testing.assert_allclose(pool.windows["state"][i, 0], observations[i, last], rtol=1e-6, atol=1e-6)
+            assert outcome["reward_sum"] == pytest.approx(rewards[i, begin : last + 1].sum(), abs=1e-5)
+            if outcome["terminated"]:
+                del running[i]
+    pool.close()
+    np.testing.assert_array_equal(total, lengths)
+
+
+def roll(backend, task, chunk_steps, chunks):
+    """Everything that 5 environments show, 12 episodes long at most."""
+    generator = torch.Generator().manual_seed(0)
+    seen = []
+    with backend(task, 5, 3) as env:
+        seen.append(env.reset(range(12)))
+        for _ in range(chunks):
+            actions = 2 * torch.rand(5, chunk_steps, task.spec.action_dim, generator=generator) - 1
+            result = env.step_chunk(actions)
+            seen += [result.obs, result.final_obs, result.info]
+            seen.append({"sum": result.reward_sum, "end": result.terminated, "limit": result.truncated})
+            seen.append({"seeds": torch.tensor(env.seeds)})
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("task", "chunk_steps", "chunks"), [(Hopper(), 7, 30), (Walker2d(), 2, 40), (HalfCheetah(), 300, 5)]
+)
+def test_threads_give_what_single_worlds_give(task, chunk_steps, chunks):
+    alone, together = roll(gym, task, chunk_steps, chunks), roll(threads, task, chunk_steps, chunks)
+    for one, other in zip(alone, together, strict=True):
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            torch.testing.assert_close(value, other[key], rtol=1e-5, atol=1e-5)
+    ends = torch.stack([result["end"] | result["limit"] for result in alone if "end" in result])
+    assert ends.sum() >= 5, "nothing ended: the test compares less than it claims"
+
+
+def test_a_world_that_blows_up_is_lost_and_the_others_go_on():
+    pool = RolloutPool(Hopper(), 3, 1, threads=2)
+    pool.start({0: 0, 1: 1, 2: 2})
+    pool._states[1, 1 + pool._model.nq] = np.nan
+    chunk = np.zeros((4, 3), np.float32)
+    outcomes, lost = pool.run({0: chunk, 1: chunk, 2: chunk})
+    assert lost == {1}
+    assert outcomes["env_steps"].tolist() == [4, 1, 4]
+    assert not outcomes["terminated"][1]
+    assert not outcomes["truncated"][1]
+    assert np.isfinite(outcomes["reward_sum"]).all()
+    pool.start({1: 7})
+    fresh = RolloutPool(Hopper(), 1, 1)
+    fresh.start({0: 7})
+    np.testing.assert_array_equal(pool.windows["state"][1], fresh.windows["state"][0])
+    _, lost = pool.run({0: chunk, 1: chunk, 2: chunk})
+    assert not lost
+
+
+def test_only_mujoco_tasks_run_on_threads():
+    with pytest.raises(SimError, match="counting: only MuJoCo tasks run on threads; choose "):
+        threads(Counting(), 1, 1)
+
+
+def test_a_model_that_does_not_load_is_named(tmp_path):
+    file = tmp_path / "broken.xml"
+    file.write_text("<mujoco><worldbody><geom type='ball'/></worldbody></mujoco>")
+    with pytest.raises(SimError, match=r"broken.xml is no MuJoCo model: .*ball") as error:
+        load_mjcf(str(file))
+    assert "\n" not in str(error.value)
