@@ -28,6 +28,7 @@ from flowsteer.sim.results import versions
 BENCHMARKS: dict[str, Command] = {
     "loader": Command("flowsteer.cli.bench_loader:main", "training batches per second, beside a per-sample loader"),
     "latency": Command("flowsteer.cli.bench_latency:main", "time per chunk at batch 1, beside a diffusers scheduler"),
+    "sim": Command("flowsteer.cli.bench_sim:main", "env steps per second of each back end, beside Gymnasium's"),
     "cloning": Command("flowsteer.cli.bench_cloning:main", "judged runs in one table and one plot"),
 }
 

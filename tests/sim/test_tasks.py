@@ -62,7 +62,7 @@ def test_every_task_gives_what_it_promises_and_repeats_it_from_its_seed(name):
     assert task.spec.name == name
     assert len(task.spec.action_low) == len(task.spec.action_high) == task.spec.action_dim
     assert pickle.loads(pickle.dumps(task)).spec == task.spec
-    needs = NEEDS[task.make.__module__.rpartition(".")[2]]
+    needs = NEEDS[type(task).__module__.rpartition(".")[2]]
     if find_spec(needs) is None:
         pytest.skip(f"{needs} is not installed")
     try:
