@@ -23,6 +23,7 @@ from flowsteer.policies.gaussian import GaussianPolicy
 from flowsteer.policies.networks.residual_mlp import ResidualMLP
 from flowsteer.policies.networks.transformer import DiffusionTransformer
 from flowsteer.policies.networks.unet1d import ConditionalUnet1d
+from flowsteer.sim.tasks.arm_lift import ArmLift
 from flowsteer.sim.tasks.gymnasium_robotics import AdroitDoor, Kitchen
 from flowsteer.sim.tasks.locomotion import HalfCheetah, Hopper, Walker2d
 from flowsteer.sim.tasks.pusht import PushT
@@ -89,6 +90,7 @@ TASKS: dict[str, Any] = {
     "hopper": _task(Hopper),
     "walker2d": _task(Walker2d),
     "halfcheetah": _task(HalfCheetah),
+    "arm_lift": _task(ArmLift),
     # Where a robomimic data set says itself which environment it was recorded in.
     "robomimic": _task(task_from_env_args),
     # Demonstrations of a real robot: nothing to evaluate in.

@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from flowsteer.sim.experts import EXPERTS, CanExpert, Fingers, LiftExpert, above, move, upright_error
+from flowsteer.sim.experts import EXPERTS, ArmLiftExpert, CanExpert, Fingers, LiftExpert, above, move, upright_error
+from flowsteer.sim.tasks.arm_lift import ArmLift
 from flowsteer.sim.tasks.robosuite import Can, Lift
 
 pytest.importorskip("robosuite")
@@ -79,4 +80,5 @@ def test_experts_succeed_smoothly(envs, task, expert, steps, seeds):
 
 
 def test_every_expert_is_for_a_task():
-    assert {Lift().spec.name: LiftExpert, Can().spec.name: CanExpert} == EXPERTS
+    experts = {Lift: LiftExpert, Can: CanExpert, ArmLift: ArmLiftExpert}
+    assert {task().spec.name: expert for task, expert in experts.items()} == EXPERTS

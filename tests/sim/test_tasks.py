@@ -7,6 +7,7 @@ from graphics import skip_without_graphics
 
 from flowsteer.sim.backends import gym
 from flowsteer.sim.errors import SimError, optional_module
+from flowsteer.sim.tasks.arm_lift import ArmLift
 from flowsteer.sim.tasks.gymnasium_robotics import AdroitDoor, Kitchen
 from flowsteer.sim.tasks.locomotion import HalfCheetah, Hopper, Walker2d
 from flowsteer.sim.tasks.pusht import PushT
@@ -25,6 +26,7 @@ TASKS = {
     "hopper": Hopper(),
     "walker2d": Walker2d(),
     "halfcheetah": HalfCheetah(),
+    "arm_lift": ArmLift(),
     "kitchen": Kitchen(),
     "adroit_door": AdroitDoor(),
 }
@@ -32,6 +34,7 @@ NEEDS = {
     "pusht": "gym_pusht",
     "robosuite": "robosuite",
     "locomotion": "mujoco",
+    "arm_lift": "robosuite",
     "gymnasium_robotics": "gymnasium_robotics",
 }
 """Module of a task -> the package of its simulator."""
