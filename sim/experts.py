@@ -134,7 +134,6 @@ class ArmLiftExpert(Expert):
     LEAD_M = 0.05
     """The arm follows about 0.1 s behind, so this makes up to 0.5 m/s."""
     LIFT = np.array([0.0, 0.0, 0.05])
-
     NEAR_M = 0.026
     """From the fingertips to the cube's centre when they close."""
     HELD_M = (0.03, 0.045)
