@@ -27,6 +27,7 @@ from flowsteer.sim.tasks.arm_lift import ArmLift
 from flowsteer.sim.tasks.gymnasium_robotics import AdroitDoor, Kitchen
 from flowsteer.sim.tasks.locomotion import HalfCheetah, Hopper, Walker2d
 from flowsteer.sim.tasks.pusht import PushT
+from flowsteer.sim.tasks.pusht_mj import PushTMujoco
 from flowsteer.sim.tasks.robosuite import Can, Lift, Square, task_from_env_args
 
 
@@ -77,6 +78,7 @@ IMAGE = {"override /encoder": "image"}
 
 TASKS: dict[str, Any] = {
     "pusht": _task(PushT),
+    "pusht_mj": _task(PushTMujoco),
     "pusht_keypoints": _task(PushT, observation="keypoints"),
     "pusht_image": _task(PushT, IMAGE, observation="image"),
     "lift": _task(Lift),

@@ -98,22 +98,22 @@ class RolloutPool(Pool):
         """An outcome per world, and whether it is lost."""
         steps = np.arange(1, chunks.shape[1] + 1)
         sane = np.all(np.abs(after.qpos) < DIVERGED, axis=-1) & np.all(np.abs(after.qvel) < DIVERGED, axis=-1)
-        terminated = self._task.terminated(np, after) & sane
+        judged = self._task.judge(np, before, chunks, after)
+        terminated = judged.terminated & sane
         left = self._task.spec.max_episode_steps - self._steps[worlds]
         final = terminated | ~sane | (steps >= left[:, None])
         ended = final.any(axis=1)
         last = np.where(ended, final.argmax(axis=1) + 1, len(steps))
         executed = steps <= last[:, None]
-        rewards = self._task.reward(np, before, chunks, after)
         rows = np.arange(len(worlds))
         lost = ~sane[rows, last - 1]
         outcomes = np.zeros(len(worlds), dtype=OUTCOME)
-        outcomes["reward_sum"] = np.where(executed & sane, rewards, 0).sum(axis=1)
-        outcomes["reward_max"] = np.where(executed & sane, rewards, -np.inf).max(axis=1)
+        outcomes["reward_sum"] = np.where(executed & sane, judged.reward, 0).sum(axis=1)
+        outcomes["reward_max"] = np.where(executed & sane, judged.reward, -np.inf).max(axis=1)
         outcomes["env_steps"] = last
         outcomes["terminated"] = terminated[rows, last - 1]
         outcomes["truncated"] = ended & ~outcomes["terminated"] & ~lost
-        outcomes["success"] = (self._task.success(np, after) & executed & sane).any(axis=1)
+        outcomes["success"] = (judged.success & executed & sane).any(axis=1)
         return outcomes, lost
 
     def _remember(self, worlds: NDArray[np.int64], after: State, last: NDArray[np.int64]) -> None:

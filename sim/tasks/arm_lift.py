@@ -31,7 +31,7 @@ from flowsteer.policies.spec import ArraySpec
 from flowsteer.sim.errors import SimError, optional_module
 from flowsteer.sim.spec import TaskSpec
 from flowsteer.sim.tasks.base import DatasetKey
-from flowsteer.sim.tasks.mujoco_task import Batch, MujocoTask, State, Xp
+from flowsteer.sim.tasks.mujoco_task import Batch, Judgement, MujocoTask, State, Xp
 
 JOINTS = 7
 JOINT_LOW = (-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973)
@@ -145,17 +145,10 @@ class ArmLift(MujocoTask):
             "robot0_gripper_qpos": state.qpos[..., JOINTS : JOINTS + 2],
         }
 
-    def reward(self, xp: Xp, before: State, actions: Batch, after: State) -> Batch:
-        """1 when it is lifted."""
-        return xp.where(self.success(xp, after), 1.0, 0.0)
-
-    def terminated(self, xp: Xp, state: State) -> Batch:
-        """Lifted."""
-        return self.success(xp, state)
-
-    def success(self, xp: Xp, state: State) -> Batch:
-        """Lifted."""
-        return state.qpos[..., 11] > CUBE_HALF + LIFTED
+    def judge(self, xp: Xp, before: State, actions: Batch, after: State) -> Judgement:
+        """1, solved and over when it is lifted."""
+        lifted = after.qpos[..., 11] > CUBE_HALF + LIFTED
+        return Judgement(xp.where(lifted, 1.0, 0.0), lifted, lifted)
 
 
 def robosuite_assets() -> str:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from flowsteer.sim.errors import optional_module
 from flowsteer.sim.tasks.gymnasium_env import MINARI_KEYS, state_spec
-from flowsteer.sim.tasks.mujoco_task import Batch, MujocoTask, State, Xp, load_mjcf
+from flowsteer.sim.tasks.mujoco_task import Batch, Judgement, MujocoTask, State, Xp, load_mjcf
 
 
 class Runner(MujocoTask, ABC):
@@ -39,8 +39,7 @@ class Runner(MujocoTask, ABC):
         return actions
 
     @final
-    def success(self, xp: Xp, state: State) -> Batch:
-        """Never."""
+    def _never(self, xp: Xp, state: State) -> Batch:
         return xp.zeros_like(state.qpos[..., 0], dtype=bool)
 
     @final
@@ -76,13 +75,14 @@ class Walker(Runner, ABC):
         return {"state": xp.concat([state.qpos[..., 1:], xp.clip(state.qvel, -10, 10)], axis=-1)}
 
     @final
-    def reward(self, xp: Xp, before: State, actions: Batch, after: State) -> Batch:
-        """Speed less cost, plus 1 while it stands."""
-        return self._forward(xp, before, actions, after) + xp.where(self.terminated(xp, after), 0.0, 1.0)
+    def judge(self, xp: Xp, before: State, actions: Batch, after: State) -> Judgement:
+        """Speed less cost, plus 1 while it stands; over when it has fallen."""
+        fallen = self._fallen(xp, after)
+        reward = self._forward(xp, before, actions, after) + xp.where(fallen, 0.0, 1.0)
+        return Judgement(reward, fallen, self._never(xp, after))
 
     @final
-    def terminated(self, xp: Xp, state: State) -> Batch:
-        """Fallen."""
+    def _fallen(self, xp: Xp, state: State) -> Batch:
         z, angle = state.qpos[..., 1], state.qpos[..., 2]
         standing = (self.height[0] < z) & (z < self.height[1]) & (xp.abs(angle) < self.angle)
         joints = xp.concat([state.qpos[..., 2:], state.qvel], axis=-1)
@@ -129,10 +129,7 @@ class HalfCheetah(Runner):
         """Positions without x, velocities."""
         return {"state": xp.concat([state.qpos[..., 1:], state.qvel], axis=-1)}
 
-    def reward(self, xp: Xp, before: State, actions: Batch, after: State) -> Batch:
-        """Speed less cost."""
-        return self._forward(xp, before, actions, after)
-
-    def terminated(self, xp: Xp, state: State) -> Batch:
-        """Never."""
-        return xp.zeros_like(state.qpos[..., 0], dtype=bool)
+    def judge(self, xp: Xp, before: State, actions: Batch, after: State) -> Judgement:
+        """Speed less cost; never over."""
+        never = self._never(xp, after)
+        return Judgement(self._forward(xp, before, actions, after), never, never)

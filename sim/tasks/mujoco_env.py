@@ -46,9 +46,8 @@ class MujocoEnv(SingleEnv):
         after = self._state()
         if not np.isfinite(after.qpos).all():
             raise SimError(f"{self._task.spec.name}: the physics diverged under the action {action.tolist()}")
-        reward = self._task.reward(np, before, action, after)
-        terminated, success = self._task.terminated(np, after), self._task.success(np, after)
-        return Step(self._observe(after), float(reward), bool(terminated), bool(success))
+        judged = self._task.judge(np, before, action, after)
+        return Step(self._observe(after), float(judged.reward), bool(judged.terminated), bool(judged.success))
 
     def render(self) -> NDArray[np.uint8]:
         """The view of the task's camera, [256, 256, 3].

@@ -33,6 +33,15 @@ class State(NamedTuple):
     sensors: Batch
 
 
+class Judgement(NamedTuple):
+    """Of control steps: rewards [...]; whether the episode ends there by the task's rule and whether the task is
+    solved there, bool [...]."""
+
+    reward: Batch
+    terminated: Batch
+    success: Batch
+
+
 class MujocoTask(Task, ABC):
     """An MJCF model and what an episode in it means.
 
@@ -69,16 +78,8 @@ class MujocoTask(Task, ABC):
         """The arrays named and shaped as in the spec."""
 
     @abstractmethod
-    def reward(self, xp: Xp, before: State, actions: Batch, after: State) -> Batch:
-        """Rewards [...] of control steps from `before` to `after`."""
-
-    @abstractmethod
-    def terminated(self, xp: Xp, state: State) -> Batch:
-        """Whether the episode ends here by the task's rule, bool [...]."""
-
-    @abstractmethod
-    def success(self, xp: Xp, state: State) -> Batch:
-        """Whether the task is solved here, bool [...]."""
+    def judge(self, xp: Xp, before: State, actions: Batch, after: State) -> Judgement:
+        """What control steps from `before` to `after` under `actions` [..., Da] are worth."""
 
     def project(self, actions: Array) -> Array | None:
         """See `SingleEnv.project`."""

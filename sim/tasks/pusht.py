@@ -174,6 +174,14 @@ def _image(env: PushTEnv) -> Arrays:
     return {"image": env.image(), **_agent_position(env)}
 
 
+def recorded_state_keys() -> dict[str, DatasetKey]:
+    """What the human demonstrations keep in one array, `state`: finger x, y, block x, y, angle."""
+    return {
+        "agent_position": DatasetKey("state", _recorded_agent),
+        "block_pose": DatasetKey("state", _recorded_block),
+    }
+
+
 _AGENT = ArraySpec((2,))
 
 OBSERVATIONS: dict[str, tuple[dict[str, ArraySpec], Callable[[PushTEnv], Arrays]]] = {
@@ -201,11 +209,7 @@ class PushT(Task):
         if observation not in OBSERVATIONS:
             raise SimError(f"pusht: observation '{observation}' is unknown, choose one of {sorted(OBSERVATIONS)}")
         self.observation = observation
-        self.dataset_keys = {
-            "agent_position": DatasetKey("state", _recorded_agent),
-            "block_pose": DatasetKey("state", _recorded_block),
-            "image": DatasetKey("img"),
-        }
+        self.dataset_keys = {**recorded_state_keys(), "image": DatasetKey("img")}
         self.spec = TaskSpec(
             name="pusht" if observation == "state" else f"pusht_{observation}",
             observations=OBSERVATIONS[observation][0],

@@ -56,9 +56,7 @@ def test_functions_are_batched_and_the_same_in_torch(shape):
         return {
             **TASK.observe(xp, other),
             "control": TASK.control(xp, done),
-            "reward": TASK.reward(xp, one, done, other),
-            "terminated": TASK.terminated(xp, other),
-            "success": TASK.success(xp, other),
+            **TASK.judge(xp, one, done, other)._asdict(),
         }
 
     ours, theirs = everything(np, np.asarray), everything(torch, torch.as_tensor)
@@ -95,9 +93,9 @@ def test_lifted_is_4_cm_above_where_it_lies():
     qpos = np.zeros((3, 16))
     qpos[:, 11] = heights
     state = State(qpos, np.zeros((3, 15)), np.zeros((3, 7)))
-    for judge in (TASK.success, TASK.terminated):
-        assert judge(np, state).tolist() == [False, False, True]
-    assert TASK.reward(np, state, np.zeros((3, 8)), state).tolist() == [0.0, 0.0, 1.0]
+    judged = TASK.judge(np, state, np.zeros((3, 8)), state)
+    assert judged.terminated.tolist() == judged.success.tolist() == [False, False, True]
+    assert judged.reward.tolist() == [0.0, 0.0, 1.0]
 
 
 def test_quaternions_keep_their_sign():

@@ -11,6 +11,7 @@ from flowsteer.sim.tasks.arm_lift import ArmLift
 from flowsteer.sim.tasks.gymnasium_robotics import AdroitDoor, Kitchen
 from flowsteer.sim.tasks.locomotion import HalfCheetah, Hopper, Walker2d
 from flowsteer.sim.tasks.pusht import PushT
+from flowsteer.sim.tasks.pusht_mj import PushTMujoco
 from flowsteer.sim.tasks.robosuite import Can, Lift, Square
 
 TASKS = {
@@ -18,6 +19,7 @@ TASKS = {
     "pusht_keypoints": PushT("keypoints"),
     "pusht_image": PushT("image"),
     "lift": Lift(),
+    "pusht_mj": PushTMujoco(),
     "lift_image": Lift(images=True, cameras=("agentview",)),
     "can": Can(),
     "can_image": Can(images=True, cameras=("agentview",)),
@@ -34,6 +36,7 @@ NEEDS = {
     "pusht": "gym_pusht",
     "robosuite": "robosuite",
     "locomotion": "mujoco",
+    "pusht_mj": "mujoco",
     "arm_lift": "robosuite",
     "gymnasium_robotics": "gymnasium_robotics",
 }
