@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from flowsteer.datasets.windows import Batch, Windows
 BACKGROUND_BATCHES = 2
 
 
+@final
 class Batches(Iterator[Batch]):
     """Shuffled batches of `windows`, without end.
 
@@ -29,8 +30,7 @@ class Batches(Iterator[Batch]):
         seed: of the order.
         rank, world_size: this process takes its contiguous slice of the global batch, which is the same whatever
             `world_size`.
-        device: where the tensors go; None leaves them in memory.
-        pin_memory: page-lock first, so that the copy to a GPU overlaps with work.
+        pin_memory: page-lock the tensors, so that their copy to a GPU overlaps with work.
         prefetch: batches gathered ahead in a background thread; None takes two where arrays lie on disk or memory is
             page-locked, else none, because a gather from memory is faster than handing it from thread to thread.
 
@@ -46,7 +46,6 @@ class Batches(Iterator[Batch]):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        device: torch.device | str | None = None,
         pin_memory: bool = False,
         prefetch: int | None = None,
     ) -> None:
@@ -58,7 +57,7 @@ class Batches(Iterator[Batch]):
         self._seed, self._batch_size = seed, batch_size
         share = batch_size // world_size
         self._slice = slice(rank * share, (rank + 1) * share)
-        self._device, self._pin_memory = device, pin_memory
+        self._pin_memory = pin_memory
         self._epoch, self._offset = 0, 0
         self._order_epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
         self._ahead: deque[Future[Batch]] = deque()
@@ -131,19 +130,16 @@ class Batches(Iterator[Batch]):
         return torch.cat(orders) if repeats > 1 else orders[0]
 
     def _load(self, indices: Tensor) -> Batch:
-        return _to_device(self._windows.gather(indices), self._device, self._pin_memory)
+        batch = self._windows.gather(indices)
+        return _pinned(batch) if self._pin_memory else batch
 
 
-def epoch_batches(windows: Windows, batch_size: int, device: torch.device | str | None = None) -> Iterator[Batch]:
+def epoch_batches(windows: Windows, batch_size: int) -> Iterator[Batch]:
     """All windows once, in order; the last batch may be smaller."""
     for start in range(0, len(windows), batch_size):
-        indices = torch.arange(start, min(start + batch_size, len(windows)))
-        yield _to_device(windows.gather(indices), device, pin_memory=False)
+        yield windows.gather(torch.arange(start, min(start + batch_size, len(windows))))
 
 
-def _to_device(batch: Batch, device: torch.device | str | None, pin_memory: bool) -> Batch:
-    def move(tensor: Tensor) -> Tensor:
-        tensor = tensor.pin_memory() if pin_memory else tensor
-        return tensor if device is None else tensor.to(device, non_blocking=pin_memory)
-
-    return {"obs": {key: move(tensor) for key, tensor in batch["obs"].items()}, "action": move(batch["action"])}
+def _pinned(batch: Batch) -> Batch:
+    pinned = {key: tensor.pin_memory() for key, tensor in batch["obs"].items()}
+    return {"obs": pinned, "action": batch["action"].pin_memory()}

@@ -13,11 +13,11 @@ import urllib.request
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, final
 from urllib.parse import urlsplit
 
 from flowsteer.datasets.errors import DataError
-from flowsteer.datasets.progress import progress_bar
+from flowsteer.datasets.progress import ProgressBar
 from flowsteer.datasets.replay_buffer import missing_key_error
 from flowsteer.datasets.temporary import remove, replaced_by
 
@@ -25,6 +25,7 @@ TIMEOUT_S = 60.0
 ATTEMPTS = 4
 PAUSE_S = 1.0
 PIECE_BYTES = 1 << 20
+MB = 1e6
 SHA256 = re.compile(r"[0-9a-f]{64}")
 # The revision pins the files: the same address always gives the same bytes.
 ROBOMIMIC = (
@@ -32,15 +33,16 @@ ROBOMIMIC = (
 )
 
 
+@final
 @dataclass(frozen=True)
 class Remote:
-    """A public file; `member` is the data set's path inside a zip file; `sha256` if its owner tells it."""
+    """A public file; `member` is the data set's path inside a zip file."""
 
     url: str
     member: str | None = None
-    sha256: str | None = None
 
 
+# Push-T's owner tells no checksum: its first download is taken on trust. Hugging Face tells one for each file.
 REMOTES: dict[str, Remote] = {
     "pusht": Remote(
         "https://diffusion-policy.cs.columbia.edu/data/training/pusht.zip", member="pusht/pusht_cchi_v7_replay.zarr"
@@ -68,10 +70,10 @@ def fetch(name: str, folder: Path | str) -> Path:
     remote, home = REMOTES[name], Path(folder).expanduser() / name
     file = home / PurePosixPath(urlsplit(remote.url).path).name
     if remote.member is None:
-        return download(remote.url, file, remote.sha256)
+        return download(remote.url, file)
     dataset = home / PurePosixPath(remote.member).name
     if not dataset.exists():
-        _take_out(download(remote.url, file, remote.sha256), remote.member, dataset)
+        _take_out(download(remote.url, file), remote.member, dataset)
         file.unlink()
     return dataset
 
@@ -98,7 +100,7 @@ def download(url: str, target: Path, sha256: str | None = None) -> Path:
         DataError: naming the address and the remedy.
     """
     noted = target.with_name(target.name + ".sha256")
-    known = sha256 or (noted.read_text().split()[0] if noted.is_file() else None)
+    known = sha256 or _noted_sha256(noted)
     if target.exists():
         _check_sum(target, known, f"{target}: delete it to fetch it anew")
         return target
@@ -110,10 +112,17 @@ def download(url: str, target: Path, sha256: str | None = None) -> Path:
     except DataError:
         _discard(part)
         raise
-    noted.write_text(f"{found}  {target.name}\n")
+    with replaced_by(noted, overwrite=True) as partial:
+        partial.write_text(f"{found}  {target.name}\n")
     part.rename(target)
     _tag(part).unlink(missing_ok=True)
     return target
+
+
+def _noted_sha256(noted: Path) -> str | None:
+    """The checksum in a file of `sha256sum`'s form, None where it holds none."""
+    first = noted.read_text().split()[:1] if noted.is_file() else []
+    return first[0] if first and SHA256.fullmatch(first[0]) else None
 
 
 def _check_sum(file: Path, expected: str | None, remedy: str) -> str:
@@ -155,11 +164,12 @@ def _receive(url: str, part: Path) -> str | None:
         length = reply.headers.get("Content-Length")
         _note_version(part, reply.headers.get("ETag"))
         total = None if length is None else int(length) + have * continues
-        with part.open("ab" if continues else "wb") as file, progress_bar(part.stem, total, unit_bytes=True) as advance:
-            advance(have * continues)
+        size = None if total is None else total / MB
+        bar = ProgressBar(f"fetching {part.stem}", size, "MB", start=have * continues / MB)
+        with part.open("ab" if continues else "wb") as file, bar:
             while piece := reply.read(PIECE_BYTES):
                 file.write(piece)
-                advance(len(piece))
+                bar.advance(len(piece) / MB)
         if total is not None and part.stat().st_size != total:
             raise http.client.IncompleteRead(b"", total - part.stat().st_size)
         return redirects.sha256 or _told_sha256(reply.headers)
@@ -196,6 +206,7 @@ def _told_sha256(headers: Any) -> str | None:
     return told if SHA256.fullmatch(told) else None
 
 
+@final
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects, notes a told checksum, and refuses to leave HTTPS."""
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from flowsteer.datasets import demo_hdf5, images, lerobot, minari_hdf5, npz_file, zarr_store
 from flowsteer.datasets.errors import DataError, in_one_line
-from flowsteer.datasets.progress import progress_bar
+from flowsteer.datasets.progress import ProgressBar
 from flowsteer.datasets.replay_buffer import Array, ReplayBuffer, check_episode_ends, missing_key_error
 from flowsteer.datasets.source import Column, Reader, Source
 from flowsteer.datasets.temporary import allocate, has_room
@@ -165,7 +165,7 @@ def guarded(column: Column, name: str) -> Iterator[NDArray[Any]]:
 
 def _fill(length: int, frames: Iterator[NDArray[Any]], name: str, *, in_memory: bool) -> NDArray[Any]:
     filled, array = 0, np.empty(0)
-    with progress_bar(f"reading {name}", length) as advance:
+    with ProgressBar(f"reading {name}", length, "frames") as bar:
         for block in frames:
             if filled == 0:
                 array = allocate((length, *block.shape[1:]), block.dtype, in_memory=in_memory)
@@ -173,7 +173,7 @@ def _fill(length: int, frames: Iterator[NDArray[Any]], name: str, *, in_memory: 
                 raise DataError(f"{name} does not fit {array.shape}: the file is damaged, copy or download it again")
             array[filled : filled + len(block)] = block
             filled += len(block)
-            advance(len(block))
+            bar.advance(len(block))
     if filled != length:
         raise DataError(f"{name} has {filled} of {length} frames: the file is incomplete, copy or download it again")
     return array

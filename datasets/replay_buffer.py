@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, final
 
 import numpy as np
 import zarr
@@ -25,6 +25,7 @@ ACTION = "action"
 BLOCK_BYTES = 16 << 20
 
 
+@final
 @dataclass(frozen=True)
 class ReplayBuffer:
     """E episodes of demonstrations, one after another.
@@ -147,8 +148,8 @@ def missing_key_error(source: str, key: str, available: Iterable[str]) -> DataEr
     """The error for a key that a data set does not have, with the nearest that it has."""
     names = sorted(available)
     near = difflib.get_close_matches(key, names, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else "choose one of these"
-    return DataError(f"{source}: there is no key '{key}': {hint} It has {', '.join(names)}")
+    hint = f"did you mean '{near[0]}'? It" if near else "it"
+    return DataError(f"{source}: there is no key '{key}': {hint} has {', '.join(names)}")
 
 
 def check_episode_ends(ends: NDArray[np.int64], lengths: dict[str, int], source: str) -> None:

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,7 @@ def replaced_by(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         remove(partial)
 
 
+@final
 class ForgivingFile(io.FileIO):
     """A file for HDF5 to write to, which crashes the process if it cannot finish a file: after the first failed write
     every further one is dropped, and `raise_error` tells what happened.
@@ -110,6 +111,6 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype[Any], *, in_memory: bool) -
         except OSError as error:
             raise DataError(
                 f"{tempfile.gettempdir()}: no room for {size / 2**30:.1f} GiB of images ({error.strerror}): "
-                f"set TMPDIR to a larger disk or ask for a smaller image_size"
+                f"set TMPDIR to a folder on a larger disk"
             ) from error
         return np.memmap(file, dtype=dtype, mode="r+", shape=shape)

@@ -154,6 +154,26 @@ def test_a_file_that_changed_on_disk_is_noticed(server, target):
         download(f"{server.url}/data.hdf5", target)
 
 
+def test_a_checksum_that_a_kill_left_empty_counts_as_none(server, target):
+    target.parent.mkdir()
+    noted = target.with_name("data.hdf5.sha256")
+    noted.write_text("")
+    download(f"{server.url}/data.hdf5", target)
+    assert noted.read_text() == f"{SHA256}  data.hdf5\n"
+    noted.write_text("")
+    assert download(f"{server.url}/data.hdf5", target) == target
+
+
+def test_the_checksum_is_noted_whole_or_not_at_all(server, target, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flowsteer.datasets.temporary.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        download(f"{server.url}/data.hdf5", target)
+    assert "data.hdf5.sha256" not in names(target.parent)
+
+
 def test_a_missing_file_is_told_at_once(server, target):
     with pytest.raises(DataError, match="the server says 404 Not Found: check the address"):
         download(f"{server.url}/nothing.hdf5", target)

@@ -158,5 +158,5 @@ def test_no_room_for_unpacked_images(make_buffer, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.posix_fallocate", full)
-    with pytest.raises(DataError, match=r"no room for 0.0 GiB of images .*: set TMPDIR to a larger disk"):
+    with pytest.raises(DataError, match=r"no room for 0.0 GiB of images .*: set TMPDIR to a folder on a larger disk"):
         open_dataset(tmp_path / "d.zarr", in_memory=False)
