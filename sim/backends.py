@@ -10,6 +10,7 @@ from flowsteer.sim.cores import usable_cores
 from flowsteer.sim.errors import SimError
 from flowsteer.sim.pool import LocalPool, Pool
 from flowsteer.sim.pool_env import PoolVecEnv
+from flowsteer.sim.ray_pool import RayPool
 from flowsteer.sim.rollout_pool import RolloutPool
 from flowsteer.sim.tasks.base import Task
 from flowsteer.sim.tasks.mujoco_task import MujocoTask
@@ -80,7 +81,29 @@ def threads(
     return PoolVecEnv(task.spec, pool, num_envs, observation_steps, device)
 
 
-BACKENDS: dict[str, Backend] = {"gym": gym, "threads": threads}
+def ray(
+    task: Task,
+    num_envs: int,
+    observation_steps: int,
+    *,
+    workers: int | None = None,
+    timeout_s: float = 120.0,
+    device: torch.device | str = "cpu",
+) -> VecEnv:
+    """A batch dealt over `workers` Ray actors on one or many machines, for every task.
+
+    Args:
+        task, num_envs, observation_steps, device: see `Backend`.
+        workers: actors of one CPU each, by default one per CPU of the cluster that RAY_ADDRESS names, or of this
+            machine. Episodes are the same whatever their number.
+        timeout_s: an actor that takes longer over one chunk or reset counts as crashed.
+    """
+    _check_sizes(num_envs, observation_steps)
+    pool = RayPool(task, num_envs, observation_steps, workers, timeout_s)
+    return PoolVecEnv(task.spec, pool, num_envs, observation_steps, device)
+
+
+BACKENDS: dict[str, Backend] = {"gym": gym, "threads": threads, "ray": ray}
 
 
 def suitable(task: Task) -> str:
