@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -30,6 +30,7 @@ Run = Callable[[DictConfig, Path], "float | None"]
 """The resolved config and the folder to write to -> a score, for sweepers that optimise."""
 
 
+@final
 @dataclass(frozen=True)
 class Application:
     """A subcommand as Hydra sees it. Importable by name, so that launchers can pickle it for other machines.
@@ -108,6 +109,7 @@ def timestamp() -> str:
     return time.strftime("%Y%m%d-%H%M%S")
 
 
+@final
 @dataclass(frozen=True)
 class Failure:
     """An error that has been reported."""
@@ -115,6 +117,7 @@ class Failure:
     code: int
 
 
+@final
 @dataclass(frozen=True)
 class Job:
     """One run, here or on the machine that a launcher chose."""

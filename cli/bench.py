@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -43,6 +43,7 @@ Plot = Callable[[Mapping[str, Any], Path], None]
 """(result, picture to write)."""
 
 
+@final
 @dataclass(frozen=True)
 class _Benchmark:
     """What a benchmark does with its folder; a class, so that launchers can pickle it."""

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -22,6 +22,7 @@ from flowsteer.sim.results import EVAL_JSON
 SCORES = ("max_reward", "success", "return")
 
 
+@final
 @dataclass
 class CloningBenchmark:
     """What to gather.

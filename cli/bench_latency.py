@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ TRAIN_STEPS = 100
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 
 
+@final
 @dataclass
 class LatencyBenchmark:
     """Which policies, with freshly made weights.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ ROUNDS = 3
 SAMPLE_LOADER_WORKERS = (0, 2)
 
 
+@final
 @dataclass
 class LoaderBenchmark:
     """dataset: a Push-T store with state, action and img; made up in its shape if not given.
@@ -43,6 +44,7 @@ class LoaderBenchmark:
     out: str | None = None
 
 
+@final
 class SampleBySample(Dataset[Batch]):
     """The same windows, cut out and padded one at a time, as imitation learning code commonly does."""
 
@@ -77,6 +79,7 @@ class SampleBySample(Dataset[Batch]):
         return torch.from_numpy(sample.astype(np.float32))
 
 
+@final
 @dataclass(frozen=True)
 class Race:
     """What is compared: `ours` and the per-sample loader hand out the same tensors."""

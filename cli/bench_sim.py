@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import count, product
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ GYMNASIUM = {"hopper": "Hopper-v5", "walker2d": "Walker2d-v5", "halfcheetah": "H
 BARE = "bare mujoco.rollout"
 
 
+@final
 @dataclass
 class SimBenchmark:
     """What to step with uniformly random actions.

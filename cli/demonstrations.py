@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ ENV_ARGS = "env_args"
 """What robomimic stores of the environment, and the argument of the task made from it."""
 
 
+@final
 @dataclass(frozen=True)
 class Demonstrations:
     """A buffer that holds the observations of `spec`, under their names and in their shapes, and "action"."""

@@ -6,13 +6,14 @@ import argparse
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NoReturn, final
 
 from flowsteer.cli.errors import UsageError, unknown
 
 HELP = ("-h", "--help")
 
 
+@final
 class Parser(argparse.ArgumentParser):
     """Tells a command line that it cannot parse as every other one that cannot be run."""
 
@@ -21,6 +22,7 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see {self.prog} --help")
 
 
+@final
 @dataclass(frozen=True)
 class Command:
     """A subcommand: `target` is "module:function" of a function(args: list[str]) -> exit code."""

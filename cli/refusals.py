@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, final
 
 from hydra import compose, initialize
 from hydra.core.config_store import ConfigStore
@@ -20,6 +20,7 @@ from flowsteer.cli.errors import UsageError, nearest, one_line, unknown
 VERSION_BASE = "1.3"
 
 
+@final
 @dataclass(frozen=True)
 class Composed:
     """A config and what was chosen for it: group -> name, None where nothing is."""

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, final
 
 from rich.console import Console
 from rich.progress import (
@@ -44,6 +44,7 @@ class Sink(Protocol):
         """Write what is pending."""
 
 
+@final
 class RunLog:
     """Numbers by step, to every sink; use it as a context.
 
@@ -84,6 +85,7 @@ class RunLog:
             self.plot()
 
 
+@final
 class Silent:
     """For the processes beside the main one."""
 
@@ -91,6 +93,7 @@ class Silent:
         """Nothing."""
 
 
+@final
 class Metrics:
     """One JSON object per call: {"step": ..., name: value, ...}; NaN and infinity become null."""
 
@@ -121,6 +124,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
+@final
 class Screen:
     """A bar with rate and time left on a terminal; elsewhere a plain line every ten seconds."""
 
@@ -154,6 +158,7 @@ class Screen:
             self._bar.stop()
 
 
+@final
 class StepsPerSecond(ProgressColumn):
     """The rate of a bar."""
 
@@ -200,6 +205,7 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
 
 
+@final
 class TensorBoard:
     """Event files in the run folder; `tensorboard --logdir runs` compares runs."""
 
@@ -216,6 +222,7 @@ class TensorBoard:
         self._writer.close()
 
 
+@final
 class Wandb:
     """Weights & Biases; a resumed run goes on under its first id.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from flowsteer.datasets.splits import episode_mask
 Vector = NDArray[np.float64]
 
 
+@final
 @dataclass(frozen=True)
 class KeyStatistics:
     """Over `count` frames; each array float64 in the shape of one frame ([C] for images: per channel, in 0..255; [1]

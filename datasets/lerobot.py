@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,6 +65,7 @@ def _read_info(path: Path) -> dict[str, Any]:
     return info
 
 
+@final
 class _Table:
     """The rows of several parquet files, one after another."""
 

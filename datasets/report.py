@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ HEAVY_TAIL_SHARE = 0.05
 CHANNELS_READ = 256
 
 
+@final
 @dataclass(frozen=True)
 class ChannelReport:
     """One channel of a key; statistics over the finite values of its `frames`."""
@@ -45,6 +46,7 @@ class ChannelReport:
         return 0 < self.outliers <= HEAVY_TAIL_SHARE * self.frames
 
 
+@final
 @dataclass(frozen=True)
 class KeyReport:
     """One key: `channels` of its flattened frames; `first_frame` uint8 [H, W, C] for images, which have no channels."""
@@ -57,6 +59,7 @@ class KeyReport:
     note: str = ""
 
 
+@final
 @dataclass(frozen=True)
 class Report:
     """A data set at a glance.

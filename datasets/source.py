@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import zarr
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from flowsteer.datasets.errors import DataError
 
 
+@final
 @dataclass(frozen=True)
 class Column:
     """One array on disk.
@@ -34,6 +35,7 @@ class Column:
     in_place: zarr.Array[Any] | None = None
 
 
+@final
 @dataclass(frozen=True)
 class Source:
     """An opened, not yet read data set; `meta` as in `ReplayBuffer`.
@@ -49,6 +51,7 @@ class Source:
     check: Callable[[], None] = lambda: None
 
 
+@final
 @dataclass(frozen=True)
 class Reader:
     """A format: `accepts` looks at a path's form (cheaply), `open` describes what is there.

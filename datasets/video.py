@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import final
 
 import av
 import numpy as np
@@ -16,6 +17,7 @@ from flowsteer.datasets.errors import DataError
 BLOCK_FRAMES = 32
 
 
+@final
 @dataclass(frozen=True)
 class Segment:
     """The frames of one episode: `file`, and when each is shown in it, `times_s` [L], increasing."""

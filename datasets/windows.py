@@ -14,7 +14,7 @@ the one window that starts it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ Batch = dict[str, Any]
 """{"obs": {key: Tensor [B, To, ...]}, "action": Tensor [B, Tp, Da]}; float32, images uint8."""
 
 
+@final
 class Windows:
     """W windows of the chosen episodes of a buffer.
 

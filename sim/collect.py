@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from flowsteer.policies.spec import configurable
 from flowsteer.sim.cores import SINGLE_THREADED
 from flowsteer.sim.environ import environment
-from flowsteer.sim.errors import SimError
+from flowsteer.sim.errors import SimError, check_episodes
 from flowsteer.sim.experts import Expert, Floats
 from flowsteer.sim.tasks.base import Array, Arrays, SingleEnv, Task
 from flowsteer.sim.tasks.robosuite import RobosuiteTask
@@ -37,6 +37,7 @@ IN_FLIGHT = 2
 """Episodes that each worker is ahead of the one that is waited for."""
 
 
+@final
 @configurable
 @dataclass(frozen=True)
 class ActionNoise:
@@ -53,8 +54,10 @@ class ActionNoise:
     pause_steps: int = 4
 
     def __post_init__(self) -> None:
-        if self.std < 0 or not 0 <= self.correlation < 1 or not 0 <= self.pause_probability < 1:
+        if not self.std >= 0 or not 0 <= self.correlation < 1 or not 0 <= self.pause_probability < 1:
             raise SimError(f"std must be positive or 0, correlation and pause_probability in [0, 1), got {self}")
+        if self.pause_steps < 1:
+            raise SimError(f"pause_steps must be at least 1, got {self.pause_steps}")
 
 
 @final
@@ -80,6 +83,7 @@ class _Disturbance:
         return np.clip(done, self._low, self._high)
 
 
+@final
 @dataclass(frozen=True)
 class Rollout:
     """One episode of L steps: observations {key: [L, ...]} before each step, actions [L, Da], rewards [L]."""
@@ -91,6 +95,7 @@ class Rollout:
     success: bool
 
 
+@final
 @dataclass(frozen=True)
 class CollectedEpisodes:
     """E episodes one after another, N frames in all; the arguments of a replay buffer.
@@ -122,6 +127,7 @@ class Playback(Expert):
         return np.asarray(next(self._next, self._actions[-1]), dtype=np.float64)
 
 
+@final
 @dataclass(frozen=True)
 class _Playbacks:
     actions: Mapping[int, Array]
@@ -130,6 +136,7 @@ class _Playbacks:
         return Playback(self.actions[seed])
 
 
+@final
 @dataclass(frozen=True)
 class _Experts:
     make: Callable[[], Expert]
@@ -138,6 +145,7 @@ class _Experts:
         return self.make()
 
 
+@final
 @dataclass(frozen=True)
 class _Stage:
     """Everything that a worker needs to turn a seed into an episode."""
@@ -186,15 +194,16 @@ def collect(
         expert: makes the expert; sent to workers, so a class or a module's function.
         episodes: how many to keep.
         seed: of the first episode, and of its noise.
-        num_workers: processes; 1 rolls in this one.
+        num_workers: processes; 0 and 1 roll in this one.
         noise: on the executed actions.
         record_clean: keep what the expert wanted, not what noise made of it: cloning then learns to recover.
         only_successful: leave out failed episodes; the next seeds take their places.
         progress: told after each episode.
 
     Raises:
-        SimError: fewer than one in four episodes succeeds, or a worker dies.
+        SimError: fewer than one in four episodes succeeds, a worker dies, or `episodes` or `seed` is out of range.
     """
+    check_episodes(episodes, seed)
     stage = _Stage(task, _Experts(expert), noise or ActionNoise(), record_clean)
     limit = 4 * episodes + 20
     kept: list[Rollout] = []

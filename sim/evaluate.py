@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowsteer.policies.spec import PolicySpec
-from flowsteer.sim.errors import SimError
+from flowsteer.sim.errors import SimError, check_episodes
 from flowsteer.sim.statistics import Interval, bootstrap, wilson
 from flowsteer.sim.vec_env import IDLE, Observation, StepResult, VecEnv
 
@@ -36,6 +36,7 @@ class ActingPolicy(Protocol):
         """Observations {key: [B, To, ...]} -> whole chunks [B, Tp, Da], both in physical units."""
 
 
+@final
 @dataclass
 class Episode:
     """One episode: its row in the results, and what it takes to show it again.
@@ -55,6 +56,7 @@ class Episode:
     decisions: list[tuple[int, NDArray[np.float32]]] = field(default_factory=list)
 
 
+@final
 @dataclass(frozen=True)
 class Evaluation:
     """Every episode of an evaluation in order of the seeds; means leave out the lost ones.
@@ -125,14 +127,13 @@ def evaluate(
 
     Raises:
         PolicyError: the policy is for another task.
-        SimError: the chunk is too short for the delay, or there is nothing to do.
+        SimError: the chunk is too short for the delay, there is nothing to do, or the seed is negative.
     """
     spec = policy.spec
     spec.check(env.spec.observations, env.spec.action_dim, env.spec.control_hz, f"task '{env.spec.name}'")
     if env.observation_steps != spec.observation_steps:
         raise SimError(f"the policy observes {spec.observation_steps} steps, the environments {env.observation_steps}")
-    if episodes < 1:
-        raise SimError(f"episodes must be at least 1, got {episodes}")
+    check_episodes(episodes, seed)
     run = _Run(policy, env, _Plan(spec, env.num_envs, delay_steps), progress)
     started = time.perf_counter()
     obs = env.reset(range(seed, seed + episodes))

@@ -44,6 +44,7 @@ class Expert(ABC):
         """The action [Da] for this observation, in the task's units."""
 
 
+@final
 @dataclass
 class Fingers:
     """Tells from two steps whether the fingers hold the object.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import final
 
 from flowsteer.policies.spec import ArraySpec
 
 
+@final
 @dataclass(frozen=True)
 class TaskSpec:
     """What a task offers: the arrays of one step, the action width, its rate and its episode limit (env steps).

@@ -19,6 +19,7 @@ IDLE = -1
 """In `VecEnv.seeds`: no episode runs, since the seeds have run out."""
 
 
+@final
 @dataclass(frozen=True)
 class StepResult:
     """What one chunk did in each of B environments.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ Array = NDArray[Any]
 Arrays = dict[str, Array]
 
 
+@final
 @dataclass(frozen=True)
 class Step:
     """What one env step gave: observation, reward, the end by the task's own rule, and success at this step.

@@ -7,6 +7,8 @@ force control of robot manipulators". Imports MuJoCo and SciPy, so only what nee
 
 from __future__ import annotations
 
+from typing import final
+
 import mujoco
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +24,7 @@ NULLSPACE_KP = 10.0
 NULLSPACE_KD = 2 * NULLSPACE_KP**0.5
 
 
+@final
 class OscController:
     """Torques of one arm in one MuJoCo simulation; made anew at each episode's start.
 

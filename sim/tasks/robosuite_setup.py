@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ _SUPPORTED_CONTROLLER = {
 }
 
 
+@final
 @dataclass(frozen=True)
 class OscGains:
     """A delta pose controller: 6 numbers in [-1, 1] are scaled to metres and radians and added to the current pose.
@@ -118,6 +119,7 @@ def _spring_step(kp: Floats, damping_ratio: float, step_s: float) -> Floats:
 ObjectLayout = Literal["1.4", "1.5"]
 
 
+@final
 @dataclass(frozen=True)
 class World:
     """One of robosuite's environments: our name and theirs, the MuJoCo body of the object, the width of `object`."""
@@ -128,6 +130,7 @@ class World:
     object_width: int
 
 
+@final
 @dataclass(frozen=True)
 class RobosuiteSetup:
     """A world and how it is run.
