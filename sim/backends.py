@@ -54,7 +54,7 @@ def gym(
             tasks and one per usable core for heavy ones. Episodes are the same either way.
         timeout_s: a worker that takes longer over one chunk or reset counts as crashed.
     """
-    _check_sizes(num_envs, observation_steps)
+    _check_sizes(num_envs, observation_steps, workers, least_workers=0)
     if workers is None:
         workers = usable_cores() if task.heavy else 0
     pool: Pool = (
@@ -74,7 +74,7 @@ def threads(
     device: torch.device | str = "cpu",
 ) -> VecEnv:
     """MuJoCo worlds on `workers` threads, one per usable core when not given; for MuJoCo tasks."""
-    _check_sizes(num_envs, observation_steps)
+    _check_sizes(num_envs, observation_steps, workers)
     if not isinstance(task, MujocoTask):
         raise SimError(f"{task.spec.name}: only MuJoCo tasks run on threads; choose sim.backend=gym")
     pool = RolloutPool(task, num_envs, observation_steps, workers)
@@ -98,7 +98,7 @@ def ray(
             machine. Episodes are the same whatever their number.
         timeout_s: an actor that takes longer over one chunk or reset counts as crashed.
     """
-    _check_sizes(num_envs, observation_steps)
+    _check_sizes(num_envs, observation_steps, workers)
     pool = RayPool(task, num_envs, observation_steps, workers, timeout_s)
     return PoolVecEnv(task.spec, pool, num_envs, observation_steps, device)
 
@@ -111,6 +111,12 @@ def suitable(task: Task) -> str:
     return "threads" if isinstance(task, MujocoTask) else "gym"
 
 
-def _check_sizes(num_envs: int, observation_steps: int) -> None:
-    if min(num_envs, observation_steps) < 1:
-        raise SimError(f"num_envs and observation_steps must be at least 1, got {num_envs} and {observation_steps}")
+def _check_sizes(num_envs: int, observation_steps: int, workers: int | None, least_workers: int = 1) -> None:
+    sizes = {
+        "num_envs": (num_envs, 1),
+        "observation_steps": (observation_steps, 1),
+        "workers": (workers, least_workers),
+    }
+    for name, (size, least) in sizes.items():
+        if size is not None and size < least:
+            raise SimError(f"{name} must be at least {least}, got {size}")

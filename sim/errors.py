@@ -11,6 +11,18 @@ class SimError(RuntimeError):
     """Bad input to a simulation; the message is one line naming the task or key and the remedy."""
 
 
+def check_episodes(episodes: int, seed: int) -> None:
+    """Refuse to run no episodes, or from a negative seed, which no generator takes.
+
+    Raises:
+        SimError: naming the number.
+    """
+    if episodes < 1:
+        raise SimError(f"episodes must be at least 1, got {episodes}")
+    if seed < 0:
+        raise SimError(f"seed must not be negative, got {seed}")
+
+
 def optional_module(name: str, extra: str) -> Any:
     """Import the module `name`, which `pip install 'flowsteer[extra]'` brings.
 

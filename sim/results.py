@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import platform
+import re
 import subprocess
 import warnings
 from collections.abc import Callable, Iterable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,12 @@ PACKAGES = (
     "gymnasium-robotics",
     "gym-pusht",
     "pymunk",
+    "diffusers",
+    "zarr",
 )
+ROLES = ("first", "best", "worst", "next")
+"""Of the episodes that are shown; `ROLE_seedSEED` is the name of each."""
+PICTURE = re.compile(rf"({'|'.join(ROLES)})_seed\d+\.(mp4|png)")
 
 
 def write_evaluation(evaluation: Evaluation, out_dir: Path, task: Task | None = None, videos: int = 3) -> Path:
@@ -46,7 +52,7 @@ def write_evaluation(evaluation: Evaluation, out_dir: Path, task: Task | None = 
 
     Args:
         evaluation: of `evaluate`.
-        out_dir: created if need be; files of an earlier evaluation are replaced one by one.
+        out_dir: created if need be; what an earlier evaluation left there is replaced, its pictures are deleted.
         task: the evaluation's task.
         videos: how many episodes: the first, the best, the worst, then on in order of the seeds.
 
@@ -57,6 +63,7 @@ def write_evaluation(evaluation: Evaluation, out_dir: Path, task: Task | None = 
     path, content = out_dir / EVAL_JSON, summary(evaluation)
     # A graphics library may take the whole process down.
     _write_json(path, {**content, "shown": {}})
+    _delete_pictures(out_dir)
     _or_warn("episodes.png", lambda: plot_episodes(evaluation, out_dir / "episodes.png"))
     shown = {}
     if task is not None:
@@ -65,6 +72,12 @@ def write_evaluation(evaluation: Evaluation, out_dir: Path, task: Task | None = 
         shown = {name: picture.name for name, picture in pictures.items() if picture is not None}
     _or_warn(f"names of the videos in {EVAL_JSON}", lambda: _write_json(path, {**content, "shown": shown}))
     return path
+
+
+def _delete_pictures(folder: Path) -> None:
+    for picture in folder.iterdir():
+        if PICTURE.fullmatch(picture.name):
+            picture.unlink()
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -78,12 +91,8 @@ def choose(evaluation: Evaluation, count: int) -> dict[str, Episode]:
     if not kept:
         return {}
     by_merit = sorted(kept, key=lambda episode: (episode.success, episode.max_reward, episode.reward_sum))
-    roles = [
-        ("first", kept[0]),
-        ("best", by_merit[-1]),
-        ("worst", by_merit[0]),
-        *(("next", episode) for episode in kept),
-    ]
+    episodes = (kept[0], by_merit[-1], by_merit[0])
+    roles = [*zip(ROLES, episodes, strict=False), *((ROLES[-1], episode) for episode in kept)]
     chosen: dict[int, tuple[str, Episode]] = {}
     for role, episode in roles:
         chosen.setdefault(episode.seed, (role, episode))
@@ -111,10 +120,15 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """Of everything that can change a result; null what is not installed."""
-    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}, "git": git_revision()}
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}, "git": revision()}
 
 
-def git_revision() -> str | None:
+def revision() -> str | None:
+    """The commit of this source tree, else the one that pip installed it from, else the version of the package."""
+    return checkout_revision() or _installed_revision()
+
+
+def checkout_revision() -> str | None:
     """The commit of this source tree, "+" appended where tracked files differ from it; None outside a checkout."""
     folder = Path(__file__).parent
     # Where flowsteer is installed into an environment inside some other project, this file is not tracked there.
@@ -122,6 +136,17 @@ def git_revision() -> str | None:
         return None
     commit, changes = _git(folder, "rev-parse", "HEAD"), _git(folder, "status", "--porcelain", "--untracked-files=no")
     return None if commit is None else commit + ("+" if changes else "")
+
+
+def _installed_revision() -> str | None:
+    """What pip noted of `pip install git+URL` (PEP 610), else the version."""
+    try:
+        package = distribution("flowsteer")
+    except PackageNotFoundError:
+        return None
+    origin = json.loads(package.read_text("direct_url.json") or "{}")
+    commit: str = origin.get("vcs_info", {}).get("commit_id", package.version)
+    return commit
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -65,6 +65,24 @@ def test_a_worker_that_cannot_begin_says_why():
 def test_noise_must_make_sense():
     with pytest.raises(SimError, match=r"correlation and pause_probability in \[0, 1\)"):
         ActionNoise(std=0.1, correlation=1.0)
+    with pytest.raises(SimError, match="std must be positive or 0"):
+        ActionNoise(std=float("nan"))
+    with pytest.raises(SimError, match="pause_steps must be at least 1, got 0"):
+        ActionNoise(pause_steps=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"episodes": 0, "seed": 0}, "episodes must be at least 1, got 0"),
+        ({"episodes": 1, "seed": -1}, "seed must not be"),
+    ],
+)
+def test_nothing_to_collect_is_refused_before_anything_runs(options, message):
+    told = []
+    with pytest.raises(SimError, match=message):
+        collect(Counting(), CountUp, **options, progress=lambda kept, tried: told.append(tried))
+    assert told == []
 
 
 def test_nothing_to_record_is_refused():

@@ -146,3 +146,5 @@ def test_a_policy_for_something_else_is_refused():
         evaluate(policy, gym(Counting(), 1, 2), episodes=1, seed=0)
     with pytest.raises(SimError, match="episodes must be at least 1, got 0"):
         evaluate(Noisy(), gym(Counting(), 1, 2), episodes=0, seed=0)
+    with pytest.raises(SimError, match="seed must not be negative, got -2"):
+        evaluate(Noisy(), gym(Counting(), 1, 2), episodes=1, seed=-2)

@@ -81,7 +81,8 @@ def test_threads_give_what_single_worlds_give(task, chunk_steps, chunks):
     assert ends.sum() >= 5, "nothing ended: the test compares less than it claims"
 
 
-def test_a_world_that_blows_up_is_lost_and_the_others_go_on():
+def test_a_world_that_blows_up_is_lost_and_the_others_go_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes MUJOCO_LOG.TXT here.
     pool = RolloutPool(Hopper(), 3, 1, threads=2)
     pool.start({0: 0, 1: 1, 2: 2})
     pool._states[1, 1 + pool._model.nq] = np.nan
@@ -98,6 +99,11 @@ def test_a_world_that_blows_up_is_lost_and_the_others_go_on():
     np.testing.assert_array_equal(pool.windows["state"][1], fresh.windows["state"][0])
     _, lost = pool.run({0: chunk, 1: chunk, 2: chunk})
     assert not lost
+
+
+def test_threads_are_positive():
+    with pytest.raises(SimError, match="workers must be at least 1, got 0"):
+        threads(Hopper(), 1, 1, workers=0)
 
 
 def test_only_mujoco_tasks_run_on_threads():

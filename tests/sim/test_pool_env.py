@@ -126,9 +126,17 @@ def test_actions_of_the_wrong_shape_are_refused():
             env.step_chunk(torch.zeros(shape))
 
 
-def test_sizes_must_be_positive():
-    with pytest.raises(SimError, match="num_envs and observation_steps must be at least 1, got 0 and 2"):
-        gym(Counting(), 0, 2)
+@pytest.mark.parametrize(
+    ("num_envs", "observation_steps", "workers", "message"),
+    [
+        (0, 2, None, "num_envs must be at least 1, got 0"),
+        (1, -1, None, "observation_steps must be at least 1, got -1"),
+        (1, 1, -1, "workers must be at least 0, got -1"),
+    ],
+)
+def test_sizes_out_of_range_are_named(num_envs, observation_steps, workers, message):
+    with pytest.raises(SimError, match=message):
+        gym(Counting(), num_envs, observation_steps, workers=workers)
 
 
 def roll(workers):

@@ -1,6 +1,7 @@
 import json
 import subprocess
 from fractions import Fraction
+from importlib.metadata import Distribution
 
 import av
 import numpy as np
@@ -82,6 +83,22 @@ def test_first_best_and_worst_episodes_are_filmed(tmp_path):
     assert [int((frame[200, :60].mean(axis=1) > 100).sum()) for frame in frames] == pytest.approx(
         range(0, 42, 6), abs=3
     )
+
+
+def test_pictures_of_an_earlier_evaluation_are_gone(tmp_path):
+    task = Counting(limit=6)
+    write_evaluation(judged(task, seed=4), tmp_path, task, videos=2)
+    for name in ("first_seed1.png", "mine_seed1.mp4", "first_seeds.mp4"):
+        (tmp_path / name).write_text("x")
+    content = json.loads(write_evaluation(judged(task, seed=7), tmp_path, task, videos=1).read_text())
+    assert content["shown"] == {"first_seed7": "first_seed7.mp4"}
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "episodes.png",
+        "eval.json",
+        "first_seed7.mp4",
+        "first_seeds.mp4",
+        "mine_seed1.mp4",
+    ]
 
 
 def test_more_videos_go_on_in_order_of_the_seeds():
@@ -196,10 +213,12 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     def replace():
         with replacing(tmp_path / "c.txt") as temporary:
             temporary.write_text("half")
-            raise OSError("disk full")
+            raise OSError(28, "No space left on device")
 
     (tmp_path / "c.txt").write_text("old")
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(
+        SimError, match=r"c.txt cannot be written \(No space left on device\): free disk space or choose"
+    ):
         replace()
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("c.txt", "old")]
 
@@ -212,10 +231,35 @@ def test_the_revision_is_that_of_our_own_checkout_only(tmp_path, monkeypatch):
     source.write_text("1")
     monkeypatch.setattr(results, "__file__", str(source))
     git("init", "-q")
-    assert results.git_revision() is None  # as when installed inside another project's checkout
+    assert results.checkout_revision() is None  # as when installed inside another project's checkout
     git("add", "results.py")
     git("commit", "-qm", "x")
-    revision = results.git_revision()
+    revision = results.checkout_revision()
     assert len(revision) == 40
+    assert results.revision() == revision
     source.write_text("2")
-    assert results.git_revision() == revision + "+"
+    assert results.checkout_revision() == revision + "+"
+
+
+def installed(folder, monkeypatch, **files):
+    """A plain install of flowsteer 9.1 in `folder`, outside any checkout."""
+    info = folder / "flowsteer-9.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: flowsteer\nVersion: 9.1\n")
+    for name, content in files.items():
+        (info / f"{name}.json").write_text(content)
+    monkeypatch.setattr(results, "__file__", str(folder / "results.py"))
+    monkeypatch.setattr(results, "distribution", lambda name: Distribution.at(info))
+
+
+def test_an_install_from_a_repository_tells_the_revision_that_pip_noted(tmp_path, monkeypatch):
+    noted = {"url": "https://x.org/a.git", "vcs_info": {"vcs": "git", "commit_id": "f" * 40}}
+    installed(tmp_path, monkeypatch, direct_url=json.dumps(noted))
+    assert results.versions()["git"] == "f" * 40
+
+
+@pytest.mark.parametrize("files", [{}, {"direct_url": '{"url": "file:///a", "dir_info": {}}'}])
+def test_any_other_install_tells_its_version(tmp_path, monkeypatch, files):
+    installed(tmp_path, monkeypatch, **files)
+    assert results.versions()["git"] == "9.1"
+    assert {"diffusers", "zarr"} <= results.versions().keys()
