@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
@@ -23,7 +23,8 @@ from flowsteer.datasets.replay_buffer import ACTION
 from flowsteer.datasets.splits import split_episodes
 from flowsteer.datasets.windows import Batch, Windows
 from flowsteer.policies.build import build
-from flowsteer.policies.cloning import Cloning, CloningConfig, Evaluate
+from flowsteer.policies.cloning import Cloning, Evaluate
+from flowsteer.policies.cloning_config import CloningConfig
 from flowsteer.policies.policy import Policy
 from flowsteer.policies.random_state import seed_everything
 from flowsteer.sim.evaluate import Evaluation, evaluate
@@ -36,6 +37,7 @@ RETURN_WEIGHT = 1e-6
 """The best checkpoint has the highest success; the return only breaks ties."""
 
 
+@final
 @dataclass(frozen=True)
 class Outcome:
     """How a run ended: all its steps, or stopped by a signal at `step`; the best score of its evaluations."""
@@ -144,6 +146,7 @@ def loop_options(config: DictConfig) -> CloningConfig:
     return options
 
 
+@final
 @dataclass(frozen=True)
 class Validation:
     """All validation windows, in order, at each call."""

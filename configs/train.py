@@ -10,7 +10,7 @@ from omegaconf import MISSING
 
 from flowsteer.configs.evaluation import EvaluationOptions
 from flowsteer.configs.simulation import SimOptions
-from flowsteer.policies.cloning import CloningConfig
+from flowsteer.policies.cloning_config import CloningConfig
 
 _LoopOptions: Any = builds(CloningConfig, populate_full_signature=True)
 

@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 import yaml
@@ -34,6 +34,7 @@ FORMAT = 1
 CONFIG, POLICY, TRAINER, TRAINER_JSON = "config.yaml", "policy.safetensors", "trainer.safetensors", "trainer.json"
 
 
+@final
 @dataclass(frozen=True)
 class TrainerState:
     """What a trainer needs besides the weights to go on bit for bit: plain JSON values and tensors by name."""
@@ -106,7 +107,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """The configuration of a checkpoint or run folder.
 
     Raises:
-        PolicyError: missing, unreadable, or of another format.
+        PolicyError: missing, unreadable, cut off, or of another format.
     """
     file = resolve(path) / CONFIG
     try:
@@ -115,7 +116,20 @@ def read_config(path: Path) -> dict[str, Any]:
         raise PolicyError(f"{file} is not readable: {_first_line(error)}") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise PolicyError(f"{file} is not a checkpoint of format {FORMAT}: it was written by another version")
+    _check_complete(config, file)
     return config
+
+
+def _check_complete(config: Mapping[str, Any], file: Path) -> None:
+    """Refuse what an interrupted copy leaves: YAML that has been cut off is often YAML still."""
+    for key in ("policy", "spec"):
+        if not isinstance(config.get(key), dict):
+            raise PolicyError(f"{file} is damaged: it lacks '{key}': take another checkpoint")
+    try:
+        PolicySpec.from_dict(config["spec"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = _first_line(error)
+        raise PolicyError(f"{file} is damaged: its spec is not whole ({reason}): take another checkpoint") from error
 
 
 def build_policy(config: Mapping[str, Any]) -> Policy:

@@ -14,18 +14,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, final
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from flowsteer.policies import checkpoint
+from flowsteer.policies.cloning_config import CloningConfig, learning_rate, make_optimizer
 from flowsteer.policies.ema import Ema
 from flowsteer.policies.errors import PolicyError
 from flowsteer.policies.policy import Draws, Loss, Policy
 from flowsteer.policies.precision import DTYPES, choose_dtype
 from flowsteer.policies.random_state import pack_random, unpack_random
 from flowsteer.policies.signals import StopRequest
-from flowsteer.policies.spec import configurable
 
 Batch = Mapping[str, Any]
 
@@ -57,67 +58,7 @@ Evaluate = Callable[[Policy, int], tuple[dict[str, float], float]]
 """Averaged policy, step -> numbers for the log, score (higher is better)."""
 
 
-@configurable
-@dataclass(frozen=True)
-class CloningConfig:
-    """Hyper-parameters of the loop; `every` values count optimiser steps, 0 means never.
-
-    Attributes:
-        steps: optimiser steps in all; the cosine schedule ends there.
-        lr: peak learning rate of AdamW.
-        beta2: second moment decay of AdamW.
-        weight_decay: on matrices only, not on biases and norms.
-        warmup_steps: linear warm-up.
-        grad_clip: largest gradient norm.
-        ema_power: warm-up of the average, see `Ema`.
-        ema_max_decay: its final decay.
-        precision: "auto" (bfloat16 where it is measured to be faster), "float32" or "bfloat16".
-        compile: run the loss through torch.compile.
-        log_every: steps between lines of the log.
-        validate_every: steps between validation losses.
-        evaluate_every: steps between evaluations in simulation.
-        save_every: steps between checkpoints (the last step always makes one).
-    """
-
-    steps: int = 20000
-    lr: float = 1e-3
-    beta2: float = 0.95
-    weight_decay: float = 1e-4
-    warmup_steps: int = 500
-    grad_clip: float = 1.0
-    ema_power: float = 0.75
-    ema_max_decay: float = 0.999
-    precision: str = "auto"
-    compile: bool = False
-    log_every: int = 100
-    validate_every: int = 1000
-    evaluate_every: int = 5000
-    save_every: int = 1000
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "lr", "grad_clip", "log_every"):
-            if not getattr(self, name) > 0:
-                raise PolicyError(f"train.{name} must be positive, got {getattr(self, name):g}")
-        for name in ("warmup_steps", "weight_decay", "validate_every", "evaluate_every", "save_every"):
-            if not getattr(self, name) >= 0:
-                raise PolicyError(f"train.{name} must not be negative, got {getattr(self, name):g}")
-
-
-def learning_rate(step: int, config: CloningConfig) -> float:
-    """Linear warm-up, then half a cosine down to 0 at `config.steps`."""
-    warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    progress = max(0, step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.lr * warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-def make_optimizer(policy: Policy, config: CloningConfig) -> torch.optim.AdamW:
-    """AdamW, fused, with decay on matrices only."""
-    matrices = [p for p in policy.parameters() if p.requires_grad and p.ndim >= 2]
-    others = [p for p in policy.parameters() if p.requires_grad and p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
-
-
+@final
 @dataclass
 class Progress:
     """What the loop counts."""
@@ -140,7 +81,7 @@ class Cloning:
         config: hyper-parameters.
         batches: this process's part of each global batch.
         batch_size: rows of the global batch.
-        seed: of the training noise; `seed_everything` has already seeded the weights.
+        seed: of the training noise, not negative; `seed_everything` has already seeded the weights.
         accelerator: devices and processes; defaults to one process on the CPU or the first GPU.
         folder: the run folder; None keeps nothing.
         describe: "policy", "spec" and whatever else a checkpoint's config.yaml is to hold.
@@ -166,12 +107,9 @@ class Cloning:
         self.folder, self.describe = folder, dict(describe or {})
         self.ema = Ema(self.policy, config.ema_power, config.ema_max_decay)
         self.optimizer = make_optimizer(self.policy, config)
-        self.noise = torch.Generator().manual_seed(seed)
+        self.seed, self.noise = seed, torch.Generator().manual_seed(seed)
         self.dtype = choose_dtype(config.precision, self.device)
         self.progress = Progress()
-        if self.accelerator.process_index:
-            # The weights are equal by now; dropout and augmentation must differ between the processes.
-            torch.manual_seed(seed + self.accelerator.process_index)
         model: nn.Module = self.accelerator.prepare(self.policy)
         self.model: Callable[[Batch, Draws], Loss] = torch.compile(model) if config.compile else model
 
@@ -206,6 +144,7 @@ class Cloning:
         """One optimiser step; returns the loss without waiting for it."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.progress.step, self.config)
+        self._seed_beside_main()
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             loss = self.model(self._to_device(batch), self._draws())
         self.optimizer.zero_grad(set_to_none=True)
@@ -362,6 +301,15 @@ class Cloning:
             if score > self.progress.best_score:
                 self.progress.best_score, self.progress.best_unsaved = score, True
         self.accelerator.wait_for_everyone()
+
+    def _seed_beside_main(self) -> None:
+        """Seed dropout and augmentation of the processes beside the main one, whose generators alone are saved.
+
+        A seed per step, so that they differ between processes and are known again after resuming at any step.
+        """
+        if rank := self.accelerator.process_index:
+            seed = np.random.SeedSequence([self.seed, rank, self.progress.step]).generate_state(1, np.uint64)
+            torch.manual_seed(int(seed[0]))
 
     def _draws(self) -> Draws:
         """This process's slice of the draws of the global batch, the same for any number of processes."""

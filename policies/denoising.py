@@ -22,7 +22,7 @@ from flowsteer.policies.paths import (
     cosine_betas,
     linear_betas,
 )
-from flowsteer.policies.policy import Draws, Loss, Policy
+from flowsteer.policies.policy import ACTION, Draws, Loss, Policy
 from flowsteer.policies.samplers import Denoise, Generators, Sampler, dpm_solver_2m, heun, randn, sample, uniform_grid
 from flowsteer.policies.spec import PolicySpec
 
@@ -66,13 +66,17 @@ class DenoisingPolicy(Policy, ABC):
         path: alpha(t), sigma(t).
         prediction: what the network outputs: "eps", "x0", "v" or "velocity".
         times: distribution of training times: "uniform", "logit_normal" or "noisy".
-        min_time: smallest time, in training and as the last time at which the network is asked.
+        min_time: smallest time of training; `steps` may not lead below it.
         steps: K, equal steps of the time grid from `start` to 0.
         start: first time of the grid, in (0, 1].
         eta: 0 for a deterministic map from noise to chunk, 1 for DDPM's posterior noise.
         solver: "transition" (one evaluation a step), "heun" or "dpm_solver_2m".
-        clip: bound of |a_hat| while sampling, in normalised units; None for no bound.
+        clip: bound of |a_hat| while sampling, in normalised units; None for no bound. Only "min_max" tells what range
+            the actions fill, so any other normaliser of the action needs None.
         normalizers: see `Policy`.
+
+    Raises:
+        PolicyError: an option is unknown or out of its range, or two of them do not go together.
     """
 
     def __init__(
@@ -92,8 +96,14 @@ class DenoisingPolicy(Policy, ABC):
         normalizers: Mapping[str, str] | None,
     ) -> None:
         super().__init__(spec, encoder, normalizers)
-        if not 0 <= eta <= 1 or (clip is not None and clip <= 0):
+        if not 0 <= eta <= 1 or (clip is not None and not clip > 0):
             raise PolicyError(f"policy.eta must be in [0, 1] and policy.clip positive or null, got {eta} and {clip}")
+        kind = self.normalizers.get(ACTION, "min_max")
+        if clip is not None and kind != "min_max":
+            raise PolicyError(
+                f"policy.clip={clip:g} is for actions in [-1, 1], but the action is normalised by '{kind}': "
+                "set policy.clip=null"
+            )
         self.network = network(spec.action_dim, spec.prediction_steps, spec.observation_steps, self.encoder.feature_dim)
         self.path = path
         self.to_clean = pick(TO_CLEAN, prediction, "prediction")
@@ -102,6 +112,7 @@ class DenoisingPolicy(Policy, ABC):
         self.solver = pick(SOLVERS, solver, "solver")
         self.min_time, self.eta, self.clip = min_time, eta, clip
         self.register_buffer("grid", uniform_grid(steps, start), persistent=False)
+        self._check_grid(prediction)
 
     grid: Tensor
 
@@ -154,6 +165,21 @@ class DenoisingPolicy(Policy, ABC):
             raise PolicyError(f"noise must have shape {list(shape)}, got {list(noise.shape)}")
         denoise = self.denoise_on(self.grid, self.network.embed_observation(features))
         return self.solver(self.path, denoise, noise, self.grid, self.eta, generator)
+
+    def _check_grid(self, prediction: str) -> None:
+        """Refuse a grid on which the network is asked what it has not learnt, or what its prediction cannot tell."""
+        first, last, steps = self.grid[0], self.grid[-2].item(), len(self.grid) - 1
+        # The times are rounded to float32: T steps end at the first of T knots, not a hair below it.
+        if last < self.min_time * (1 - 1e-6):
+            raise PolicyError(
+                f"policy.steps={steps} from policy.start={first:g} asks the network at t = {last:.3g}, "
+                f"but it is trained from t = {self.min_time:g} on: lower policy.steps"
+            )
+        if prediction == "eps" and not self.path.alpha(first) > 0:
+            raise PolicyError(
+                f"policy.prediction=eps divides by alpha, which is 0 at policy.start={first:g} of this path: "
+                "set policy.start=0.99 or choose another prediction"
+            )
 
     def _a_hat(self, x_t: Tensor, t: Tensor, time: Features, cond: Features) -> Tensor:
         a_hat = self.to_clean(self.path, x_t, self.network(x_t, time, cond), t)

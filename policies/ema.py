@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, final
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 Module = TypeVar("Module", bound=nn.Module)
 
 
+@final
 class Ema(Generic[Module]):
     """theta_ema <- d theta_ema + (1 - d) theta, with d = min(max_decay, 1 - (1 + n)^-power) at the n-th update.
 

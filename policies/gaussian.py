@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flowsteer.policies.encoders.base import EncoderFactory
+from flowsteer.policies.errors import PolicyError
 from flowsteer.policies.networks.mlp import MLP
 from flowsteer.policies.policy import Draws, Loss, Policy
 from flowsteer.policies.samplers import Gaussian, Generators, randn
@@ -27,6 +28,9 @@ class GaussianPolicy(Policy):
         min_std: floor of the standard deviation, in normalised units.
         temperature: scale of the noise when sampling; 0 acts with the mean.
         normalizers: see `Policy`.
+
+    Raises:
+        PolicyError: `min_std` is not positive or `temperature` is negative.
     """
 
     def __init__(
@@ -39,6 +43,10 @@ class GaussianPolicy(Policy):
         normalizers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(spec, encoder, normalizers)
+        if not min_std > 0:
+            raise PolicyError(f"policy.min_std must be positive, got {min_std:g}")
+        if not temperature >= 0:
+            raise PolicyError(f"policy.temperature must not be negative, got {temperature:g}")
         self.chunk = (spec.prediction_steps, spec.action_dim)
         self.mean = MLP((spec.observation_steps * self.encoder.feature_dim, *hidden, math.prod(self.chunk)))
         self.log_std = nn.Parameter(torch.full((spec.action_dim,), -1.0))

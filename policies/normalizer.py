@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Protocol, final
 
 import numpy as np
 import torch
@@ -65,6 +65,7 @@ def identity(stats: KeyStatistics) -> Affine:
 KINDS: dict[str, Callable[[KeyStatistics], Affine]] = {"min_max": min_max, "mean_std": mean_std, "identity": identity}
 
 
+@final
 class Normalizer(nn.Module):
     """An affine map per key and channel.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,7 @@ class Path(nn.Module, ABC):
         return expand(self.alpha(t), a) * a + expand(self.sigma(t), a) * eps
 
 
+@final
 class LinearPath(Path):
     """alpha = 1 - t, sigma = t: flow matching and rectified flow (Lipman et al. 2023, Liu et al. 2023)."""
 
@@ -74,6 +76,7 @@ def linear_betas(train_steps: int) -> Tensor:
     return torch.linspace(1e-4 * scale, 0.02 * scale, train_steps, dtype=torch.float64).clamp(max=0.999)
 
 
+@final
 class VariancePreservingPath(Path):
     """alpha^2 + sigma^2 = 1 with the discrete betas of DDPM read as a piecewise constant rate.
 
@@ -177,11 +180,6 @@ TARGET: dict[str, Prediction] = {"eps": target_eps, "x0": target_x0, "v": target
 def eps_of(path: Path, x_t: Tensor, a_hat: Tensor, t: Tensor) -> Tensor:
     """eps_hat = (x_t - alpha a_hat) / sigma, for t > 0."""
     return (x_t - expand(path.alpha(t), x_t) * a_hat) / expand(path.sigma(t), x_t)
-
-
-def score_of(path: Path, x_t: Tensor, a_hat: Tensor, t: Tensor) -> Tensor:
-    """Score of x_t: (alpha a_hat - x_t) / sigma^2, for t > 0."""
-    return -eps_of(path, x_t, a_hat, t) / expand(path.sigma(t), x_t)
 
 
 def velocity_of(path: Path, x_t: Tensor, a_hat: Tensor, t: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class Policy(nn.Module, ABC):
         """Normalise and encode observations {key: [B, To, ...]} -> [B, To, F].
 
         Raises:
-            PolicyError: a key is missing or has another shape than the spec's.
+            PolicyError: a key is missing or has another shape than the spec's, or an image is not uint8.
         """
         normalized = {key: self._normalized(key, array, obs) for key, array in self.spec.observations.items()}
         features: Tensor = self.encoder(normalized)
@@ -115,5 +115,10 @@ class Policy(nn.Module, ABC):
         value = obs[key]
         wanted = (self.spec.observation_steps, *array.shape)
         if tuple(value.shape[1:]) != wanted:
-            raise PolicyError(f"observation '{key}' must have shape [B, {wanted}], got {list(value.shape)}")
-        return value if array.dtype == "uint8" else self.normalizer.normalize(key, value)
+            sizes = ", ".join(map(str, wanted))
+            raise PolicyError(f"observation '{key}' must have shape [B, {sizes}], got {list(value.shape)}")
+        if array.dtype != "uint8":
+            return self.normalizer.normalize(key, value)
+        if value.dtype != torch.uint8:
+            raise PolicyError(f"observation '{key}' must be uint8 (0 to 255), got {value.dtype}")
+        return value

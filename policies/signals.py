@@ -5,8 +5,10 @@ from __future__ import annotations
 import signal
 import threading
 from types import FrameType, TracebackType
+from typing import final
 
 
+@final
 class StopRequest:
     """Within the context the first SIGINT or SIGTERM sets `requested`; the second acts as it always does.
 

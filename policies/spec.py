@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, final
 
 from flowsteer.policies.errors import PolicyError
 
@@ -33,6 +33,7 @@ def configurable(block: Block) -> Block:
     return block
 
 
+@final
 @configurable
 @dataclass(frozen=True)
 class ArraySpec:
@@ -42,13 +43,14 @@ class ArraySpec:
     dtype: str = "float32"
 
 
+@final
 @configurable
 @dataclass(frozen=True)
 class PolicySpec:
     """The frozen contract stored in a checkpoint.
 
     Raises:
-        PolicyError: if To - 1 + Ta > Tp or a size is not positive.
+        PolicyError: if To - 1 + Ta > Tp, or a size or the control rate is not positive.
     """
 
     observations: Mapping[str, ArraySpec]
@@ -62,6 +64,8 @@ class PolicySpec:
         sizes = (self.action_dim, self.observation_steps, self.prediction_steps, self.execution_steps)
         if min(sizes) < 1 or not self.observations:
             raise PolicyError(f"a policy needs observations and sizes of at least 1, got {self}")
+        if not self.control_hz > 0:
+            raise PolicyError(f"control_hz must be positive, got {self.control_hz:g}")
         if self.observation_steps - 1 + self.execution_steps > self.prediction_steps:
             raise PolicyError(
                 f"observation_steps - 1 + execution_steps must not exceed prediction_steps, got "

@@ -85,6 +85,61 @@ def test_rooms_are_imported_as_parts_of_flowsteer_only() -> None:
     assert bare == []
 
 
+OPEN_BASES = {"ABC", "Protocol", "NamedTuple", "TypedDict", "Exception"}
+
+
+def last_name(node: ast.expr) -> str:
+    """`b` of `a.b[c](d)`."""
+    return ast.unparse(node).partition("(")[0].partition("[")[0].rpartition(".")[2]
+
+
+def abstract_or_final(node: ast.ClassDef, room: str) -> bool:
+    """Whether the class says that nothing derives from it, or that it is there to be derived from."""
+    marks, bases = {last_name(d) for d in node.decorator_list}, {last_name(base) for base in node.bases}
+    methods = [item for item in node.body if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return (
+        "final" in marks
+        or bool(bases & OPEN_BASES)
+        or any(base.endswith("Error") for base in bases)
+        or any(last_name(d) == "abstractmethod" for method in methods for d in method.decorator_list)
+        # Hydra's structured configs, which share fields by inheritance.
+        or (room == "configs" and "dataclass" in marks)
+    )
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_classes_are_abstract_or_final(room: str) -> None:
+    neither = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
+        for path in sources(room)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef) and not abstract_or_final(node, room)
+    ]
+    assert neither == []
+
+
+@pytest.mark.parametrize(
+    ("room", "source", "verdict"),
+    [
+        ("sim", "class A: ...", False),
+        ("sim", "@final\nclass A: ...", True),
+        ("sim", "@typing.final\n@dataclass(frozen=True)\nclass A(B): ...", True),
+        ("sim", "class A(Env, abc.ABC): ...", True),
+        ("sim", "class A(Protocol[T]): ...", True),
+        ("sim", "class A:\n    @abstractmethod\n    def f(self): ...", True),
+        ("sim", "class A(Env):\n    @property\n    def f(self): ...", False),
+        ("sim", "class A(ValueError): ...", True),
+        ("sim", "class A(NamedTuple): ...", True),
+        ("configs", "@dataclass\nclass A(B): ...", True),
+        ("sim", "@dataclass\nclass A(B): ...", False),
+    ],
+)
+def test_the_rule_for_classes_itself(room: str, source: str, verdict: bool) -> None:
+    (node,) = ast.parse(source).body
+    assert isinstance(node, ast.ClassDef)
+    assert abstract_or_final(node, room) is verdict
+
+
 def test_packaging_lists_every_package_and_types_it() -> None:
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     folders = {init.parent.relative_to(ROOT) for room in ROOMS for init in (ROOT / room).rglob("__init__.py")}

@@ -22,13 +22,18 @@ class LowDim(Encoder):
     Args:
         observations: float arrays of any shape.
         hidden: widths of the perceptron, the last is F; empty for the concatenation itself.
+        noise: standard deviation, in normalised units, of Gaussian noise on the observations while training, so that
+            few demonstrations are not learnt by heart.
 
     Raises:
-        PolicyError: naming an image or the lack of any key.
+        PolicyError: naming an image or the lack of any key, or `noise` is negative.
     """
 
-    def __init__(self, observations: Mapping[str, ArraySpec], hidden: Sequence[int] = ()) -> None:
+    def __init__(self, observations: Mapping[str, ArraySpec], hidden: Sequence[int] = (), noise: float = 0.0) -> None:
         super().__init__(observations)
+        if not noise >= 0:
+            raise PolicyError(f"policy.encoder.noise must not be negative, got {noise:g}")
+        self.noise = noise
         for key, array in observations.items():
             if array.dtype == "uint8":
                 raise PolicyError(f"observation '{key}' is an image; use the encoder MultiModal instead of LowDim")
@@ -40,5 +45,8 @@ class LowDim(Encoder):
 
     def forward(self, obs: Mapping[str, Tensor]) -> Tensor:
         """Features [B, To, F] of {key: [B, To, ...]}."""
-        out: Tensor = self.net(torch.cat([obs[key].flatten(2) for key in self.observations], dim=2))
+        x = torch.cat([obs[key].flatten(2) for key in self.observations], dim=2)
+        if self.training and self.noise:
+            x = x + self.noise * torch.randn_like(x)
+        out: Tensor = self.net(x)
         return out

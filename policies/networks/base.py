@@ -20,6 +20,13 @@ def check_sizes(**sizes: int) -> None:
             raise PolicyError(f"policy.network.{name} must be at least 1, got {size}")
 
 
+def check_shares(**shares: float) -> None:
+    """Raise PolicyError, naming the hyper-parameter, unless all are in [0, 1)."""
+    for name, share in shares.items():
+        if not 0 <= share < 1:
+            raise PolicyError(f"policy.network.{name} must be in [0, 1), got {share:g}")
+
+
 @configurable
 class Network(nn.Module, ABC):
     """x_t, t, observation -> raw prediction of the chunk's shape.

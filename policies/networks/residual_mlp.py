@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from flowsteer.policies.networks.base import Features, Network, check_sizes
+from flowsteer.policies.networks.base import Features, Network, check_shares, check_sizes
 from flowsteer.policies.networks.time import TimeEmbedding
 
 
@@ -44,7 +44,10 @@ class ResidualMLP(Network):
         blocks: number of residual blocks.
         expansion: width of a block's inner layer, in units of `hidden`.
         conditioning: width of the embeddings of time and observation.
-        dropout: share of a block's inner units dropped while training.
+        dropout: share of a block's inner units dropped while training, in [0, 1).
+
+    Raises:
+        PolicyError: a size or share is out of its range.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class ResidualMLP(Network):
     ) -> None:
         super().__init__(action_dim, prediction_steps, observation_steps, feature_dim)
         check_sizes(hidden=hidden, blocks=blocks, expansion=expansion, conditioning=conditioning)
+        check_shares(dropout=dropout)
         chunk, observed, modulations = (
             prediction_steps * action_dim,
             observation_steps * feature_dim,

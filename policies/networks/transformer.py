@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flowsteer.policies.networks.attention import CrossAttention, FeedForward, SelfAttention, check_heads
-from flowsteer.policies.networks.base import Features, Network, check_sizes
+from flowsteer.policies.networks.base import Features, Network, check_shares, check_sizes
 from flowsteer.policies.networks.time import TimeEmbedding
 
 INIT_STD = 0.02
@@ -53,10 +53,10 @@ class DiffusionTransformer(Network):
         layers: number of decoder layers.
         heads: attention heads.
         causal: an action looks only at earlier actions and itself.
-        dropout: share dropped in attention, perceptrons and skip connections while training.
+        dropout: share dropped in attention, perceptrons and skip connections while training, in [0, 1).
 
     Raises:
-        PolicyError: `width` is not a multiple of `heads`.
+        PolicyError: `width` is not a multiple of `heads`, or a size or share is out of its range.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class DiffusionTransformer(Network):
     ) -> None:
         super().__init__(action_dim, prediction_steps, observation_steps, feature_dim)
         check_sizes(width=width, layers=layers, heads=heads)
+        check_shares(dropout=dropout)
         check_heads(width, heads)
         self.memory_shape = (layers, 2, heads, width // heads)
         self.action = nn.Linear(action_dim, width)

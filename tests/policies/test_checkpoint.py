@@ -90,6 +90,11 @@ def test_weights_of_another_policy(tmp_path: Path, make_policy: Make, describe: 
     [
         ("[1, 2]", "is not a checkpoint of format 1"),
         ("format: 7", "is not a checkpoint of format 1"),
+        ("format: 1", "config.yaml is damaged: it lacks 'policy': take another checkpoint"),
+        ("{format: 1, policy: {_target_: x}}", "config.yaml is damaged: it lacks 'spec': take another checkpoint"),
+        ("{format: 1, policy: 3, spec: {}}", "config.yaml is damaged: it lacks 'policy': take another checkpoint"),
+        ("{format: 1, policy: {}, spec: {action_dim: 2}}", "is damaged: its spec .*'observations'"),
+        ("{format: 1, policy: {}, spec: {observations: [1]}}", "is damaged: its spec"),
         ("a: [", "is not readable"),
         ("!!python/object/apply:os.system ['echo no']", "is not readable"),
     ],
@@ -99,6 +104,17 @@ def test_foreign_config(tmp_path: Path, text: str, message: str, make_policy: Ma
     (tmp_path / "c" / "config.yaml").write_text(text)
     with pytest.raises(PolicyError, match=message):
         load_policy(tmp_path / "c")
+
+
+def test_a_config_cut_off_anywhere_names_its_file(tmp_path: Path, make_policy: Make, describe: Describe) -> None:
+    file = save(tmp_path / "c", make_policy("flow"), describe("flow")) / "config.yaml"
+    text = file.read_text()
+    assert checkpoint.read_config(tmp_path / "c")["spec"] == describe("flow")["spec"]
+    # Whatever ends before the last value; what ends within it is a number as good as any.
+    for end in range(text.rindex(":") + 2):
+        file.write_text(text[:end])
+        with pytest.raises(PolicyError, match=str(file)):
+            checkpoint.read_config(tmp_path / "c")
 
 
 def test_a_config_cannot_call_what_is_not_ours(tmp_path: Path, make_policy: Make, describe: Describe) -> None:

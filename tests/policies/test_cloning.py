@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from flowsteer.policies.checkpoint import load_policy, resolve
-from flowsteer.policies.cloning import Cloning, CloningConfig, learning_rate
+from flowsteer.policies.cloning import Cloning
+from flowsteer.policies.cloning_config import CloningConfig, learning_rate
 from flowsteer.policies.errors import PolicyError
 from flowsteer.policies.policy import Policy
 from flowsteer.policies.random_state import seed_everything
@@ -237,7 +238,14 @@ def test_a_step_that_an_earlier_run_left_is_written_anew(tmp_path: Path, make_ru
         ({"steps": 0}, r"train.steps must be positive, got 0"),
         ({"grad_clip": 0.0}, r"train.grad_clip must be positive, got 0"),
         ({"lr": math.nan}, r"train.lr must be positive, got nan"),
+        ({"lr": math.inf}, r"train.lr must be finite, got inf"),
         ({"warmup_steps": -5}, r"train.warmup_steps must not be negative, got -5"),
+        ({"weight_decay": math.nan}, r"train.weight_decay must not be negative, got nan"),
+        ({"ema_power": -0.5}, r"train.ema_power must not be negative, got -0.5"),
+        ({"beta2": 1.0}, r"train.beta2 must be in \[0, 1\), got 1"),
+        ({"beta2": -0.1}, r"train.beta2 must be in \[0, 1\), got -0.1"),
+        ({"ema_max_decay": 2.0}, r"train.ema_max_decay must be in \[0, 1\), got 2"),
+        ({"ema_max_decay": math.nan}, r"train.ema_max_decay must be in \[0, 1\), got nan"),
     ],
 )
 def test_impossible_hyper_parameters(options: dict[str, float], message: str) -> None:
@@ -257,17 +265,23 @@ def test_an_unfitted_normaliser_cannot_be_trained(make_policy: Callable[..., Pol
         Cloning(policy, CONFIG, make_batches(4), 4)
 
 
-WORKER = """
+PREAMBLE = """
 import importlib.util, json, sys
+from functools import partial
+from pathlib import Path
 from accelerate import Accelerator
 import torch
 torch.set_num_threads(1)
 spec = importlib.util.spec_from_file_location("kit", sys.argv[1])
 kit = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(kit)
-from flowsteer.policies.cloning import Cloning, CloningConfig
+from flowsteer.policies.cloning import Cloning
+from flowsteer.policies.cloning_config import CloningConfig
 accelerator = Accelerator(cpu=True)
 rank, processes = accelerator.process_index, accelerator.num_processes
+"""
+
+TRAIN = """
 config = CloningConfig(steps=5, warmup_steps=1, precision="float32", log_every=1, save_every=0)
 run = Cloning(kit._make_policy(sys.argv[2]), config, kit.FakeBatches(16, rank, processes), 16, accelerator=accelerator)
 rows = []
@@ -278,21 +292,64 @@ if accelerator.is_main_process:
     print(json.dumps([processes, rows, [p.double().sum().item() for p in run.ema.average.parameters()]]))
 """
 
+RESUME = """
+from flowsteer.policies.denoising import FlowPolicy
+from flowsteer.policies.random_state import seed_everything
+folder = Path(sys.argv[2])
+config = CloningConfig(steps=6, warmup_steps=1, precision="float32")
+describe = {"policy": {}, "spec": kit.SPEC.to_dict()}
+def make(seed):
+    seed_everything(seed)
+    policy = FlowPolicy(kit.SPEC, partial(kit.LowDim, noise=0.3), partial(kit.ResidualMLP, hidden=32, dropout=0.3))
+    policy.fit_normalizer(kit._statistics(state=torch.randn(50, 3), action=torch.randn(50, 2)))
+    batches = kit.FakeBatches(16, rank, processes)
+    return Cloning(
+        policy, config, batches, 16, seed=3, accelerator=accelerator, folder=folder, describe=describe
+    )
+def update(run, times):
+    for _ in range(times):
+        run._timed_update()
+    return accelerator.gather(torch.rand(1)).tolist()
+whole = make(3)
+drawn = [update(whole, 3), update(whole, 3)]
+part = make(3)
+update(part, 3)
+part.save()
+accelerator.wait_for_everyone()
+resumed = make(99)
+resumed.resume(folder)
+drawn.append(update(resumed, 3))
+equal = all(torch.equal(p, q) for p, q in zip(whole.policy.parameters(), resumed.policy.parameters()))
+if accelerator.is_main_process:
+    print(json.dumps([equal, drawn]))
+"""
+
+
+def last_line(script: Path, processes: int, *arguments: str) -> Any:
+    """The JSON that a script prints at its end, run with the kit of conftest.py in so many processes."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    kit = str(Path(__file__).with_name("conftest.py"))
+    command = [sys.executable, *(launch if processes > 1 else []), str(script), kit, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
 
 @pytest.mark.parametrize("family", ["diffusion"], indirect=True)
 def test_two_processes_equal_one_with_the_double_batch(family: str, tmp_path: Path) -> None:
     script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    kit = str(Path(__file__).with_name("conftest.py"))
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    results = []
-    for arguments in ([], launch):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-        command = [sys.executable, *arguments, str(script), kit, family]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180, check=False)
-        assert done.returncode == 0, done.stderr
-        results.append(json.loads(done.stdout.strip().splitlines()[-1]))
-    (one, losses, weights), (two, shared_losses, shared_weights) = results
+    script.write_text(PREAMBLE + TRAIN)
+    (one, losses, weights), (two, shared_losses, shared_weights) = (last_line(script, n, family) for n in (1, 2))
     assert (one, two) == (1, 2)
     assert shared_losses == pytest.approx(losses, rel=1e-5)
     assert shared_weights == pytest.approx(weights, rel=1e-4, abs=1e-4)
+
+
+def test_two_processes_resume_each_with_its_own_noise(tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(PREAMBLE + RESUME)
+    equal, (before, whole, resumed) = last_line(script, 2, str(tmp_path / "run"))
+    assert len({*before, *whole}) == 4, "dropout and noise on observations differ between processes and steps"
+    assert resumed == whole
+    assert equal

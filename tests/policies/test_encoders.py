@@ -103,6 +103,25 @@ def test_low_dim_concatenates_in_the_order_of_the_specs() -> None:
     assert LowDim(specs)(obs).tolist() == [[[3, 4, 1, 2]]]
 
 
+def test_noise_on_low_dim_has_its_std_in_training_and_is_none_in_evaluation() -> None:
+    encoder = LowDim(only("joints", "pose"), noise=0.3)
+    obs = observe(only("joints", "pose"), batch=2000)
+    plain = LowDim(only("joints", "pose"))(obs)
+    noise = encoder(obs) - plain
+    # 40000 numbers: the standard error of the mean is 0.0015, that of the standard deviation 0.0011.
+    assert noise.mean().item() == pytest.approx(0, abs=0.006)
+    assert noise.std().item() == pytest.approx(0.3, abs=0.005)
+    assert noise.std(dim=0).min() > 0.25, "every element of every step has its own noise"
+    assert not torch.equal(encoder(obs), encoder(obs))
+    assert torch.equal(encoder.eval()(obs), plain)
+
+
+@pytest.mark.parametrize("noise", [-0.1, float("nan")])
+def test_noise_on_low_dim_cannot_be_negative(noise: float) -> None:
+    with pytest.raises(PolicyError, match=f"policy.encoder.noise must not be negative, got {noise:g}"):
+        LowDim(only("joints"), noise=noise)
+
+
 def test_a_policy_leaves_point_clouds_as_they_are_unless_told_otherwise() -> None:
     observations = {"cloud": ArraySpec((10, 3)), "joints": ArraySpec((3,))}
     encoder = partial(MultiModal, point_keys=["cloud"])

@@ -39,20 +39,19 @@ def test_sinusoids_refuse_widths_without_two_pairs(width: int) -> None:
 
 
 def test_mlp_by_hand() -> None:
-    net = MLP((2, 2, 1), activation="relu")
+    net = MLP((2, 2, 1))
     with torch.no_grad():
         net[0].weight.copy_(torch.tensor([[1.0, 2.0], [-1.0, 0.0]]))
         net[0].bias.copy_(torch.tensor([0.5, 0.0]))
         net[2].weight.copy_(torch.tensor([[2.0, 10.0]]))
         net[2].bias.fill_(-1)
-    # Hidden: 1 + 2 * 3 + 0.5 = 7.5 and relu(-1) = 0; output: 2 * 7.5 - 1.
-    assert net(torch.tensor([[1.0, 3.0]])).item() == 14.0
+    # Hidden: 1 + 2 * 3 + 0.5 = 7.5 and -1; the activation is x / (1 + exp(-x)).
+    first, second = 7.5 / (1 + math.exp(-7.5)), -1 / (1 + math.e)
+    assert net(torch.tensor([[1.0, 3.0]])).item() == pytest.approx(2 * first + 10 * second - 1)
 
 
-def test_mlp_layers_follow_the_options() -> None:
-    kinds = [type(layer) for layer in MLP((3, 4, 4, 2), "mish", layer_norm=True, dropout=0.1)]
-    hidden: list[type[nn.Module]] = [nn.Linear, nn.LayerNorm, nn.Mish, nn.Dropout]
-    assert kinds == [*hidden, *hidden, nn.Linear]
+def test_only_hidden_layers_are_activated() -> None:
+    assert [type(layer) for layer in MLP((3, 4, 4, 2))] == [nn.Linear, nn.SiLU, nn.Linear, nn.SiLU, nn.Linear]
     assert [type(layer) for layer in MLP([3, 2])] == [nn.Linear]
 
 
@@ -60,11 +59,6 @@ def test_mlp_layers_follow_the_options() -> None:
 def test_mlp_refuses_missing_sizes(sizes: tuple[int, ...]) -> None:
     with pytest.raises(PolicyError, match="input and output sizes of at least 1"):
         MLP(sizes)
-
-
-def test_mlp_names_the_nearest_activation() -> None:
-    with pytest.raises(PolicyError, match="activation 'relu6' is unknown; nearest: relu"):
-        MLP((1, 1), "relu6")
 
 
 def test_heads_split_and_merge() -> None:

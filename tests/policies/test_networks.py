@@ -174,6 +174,13 @@ def test_dropout_acts_in_training_only(make: Make, inputs: tuple[Tensor, Tensor,
     assert torch.equal(predict(network.eval(), *inputs), predict(network, *inputs))
 
 
+@pytest.mark.parametrize("make", [ResidualMLP, DiffusionTransformer])
+@pytest.mark.parametrize("dropout", [2.0, 1.0, -0.1, float("nan")])
+def test_dropout_must_leave_something(make: Make, dropout: float) -> None:
+    with pytest.raises(PolicyError, match=rf"policy.network.dropout must be in \[0, 1\), got {dropout:g}"):
+        make(DA, TP, TO, F, dropout=dropout)
+
+
 def test_a_closed_gate_passes_the_stream_on() -> None:
     h, modulation = torch.randn(4, 6), torch.randn(4, 18)
     modulation[:, 12:] = 0

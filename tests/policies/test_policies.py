@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from flowsteer.policies.denoising import DenoisingPolicy, FlowPolicy
+from flowsteer.policies.encoders.cameras import Cameras
+from flowsteer.policies.encoders.low_dim import LowDim
+from flowsteer.policies.encoders.vit import SmallViT
 from flowsteer.policies.errors import PolicyError
 from flowsteer.policies.gaussian import GaussianPolicy
 from flowsteer.policies.paths import TARGET, LinearPath
@@ -76,8 +80,19 @@ def test_missing_and_misshapen_observations(family: str, make_policy: Make) -> N
     policy = make_policy(family)
     with pytest.raises(PolicyError, match=r"observation 'state' is missing; got \['stat'\]"):
         policy.act({"stat": OBS["state"]})
-    with pytest.raises(PolicyError, match=r"observation 'state' must have shape \[B, \(2, 3\)\], got \[6, 1, 3\]"):
+    with pytest.raises(PolicyError, match=r"observation 'state' must have shape \[B, 2, 3\], got \[6, 1, 3\]"):
         policy.act({"state": OBS["state"][:, :1]})
+
+
+def test_images_of_floats_are_refused() -> None:
+    """They would be taken for 0..255 and divided once more, in silence."""
+    spec = PolicySpec({"front": ArraySpec((24, 24, 3), "uint8")}, 2, 2, 8, 4, 10.0)
+    encoder = partial(Cameras, backbone=partial(SmallViT, embed_dim=16, heads=2, features=5))
+    policy = GaussianPolicy(spec, encoder, hidden=(8,))
+    image = torch.randint(256, (1, 2, 24, 24, 3), dtype=torch.uint8)
+    assert policy.features({"front": image}).shape == (1, 2, 5)
+    with pytest.raises(PolicyError, match=r"observation 'front' must be uint8 \(0 to 255\), got torch.float32"):
+        policy.features({"front": image / 255})
 
 
 @pytest.mark.parametrize("family", ["diffusion", "flow"], indirect=True)
@@ -163,6 +178,20 @@ def test_spec_round_trip_and_refusals() -> None:
         PolicySpec({"x": ArraySpec((1,))}, 2, 2, 16, 16, 10.0)
     with pytest.raises(PolicyError, match="sizes of at least 1"):
         PolicySpec({"x": ArraySpec((1,))}, 0, 2, 16, 8, 10.0)
+    with pytest.raises(PolicyError, match="control_hz must be positive, got 0"):
+        PolicySpec({"x": ArraySpec((1,))}, 2, 2, 16, 8, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_std": 0.0}, "policy.min_std must be positive, got 0"),
+        ({"temperature": -1.0}, "policy.temperature must not be negative, got -1"),
+    ],
+)
+def test_gaussian_refuses_impossible_scales(options: dict[str, float], message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        GaussianPolicy(PolicySpec({"x": ArraySpec((3,))}, 2, 1, 4, 4, 10.0), LowDim, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
