@@ -7,6 +7,7 @@ afterwards, and what follows is masked. Dimension letters: n worlds that run, Ta
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from typing import final
 
 import numpy as np
@@ -18,6 +19,7 @@ from flowsteer.sim.pool import Pool
 from flowsteer.sim.slot import OUTCOME, Outcomes, window_arrays
 from flowsteer.sim.tasks.base import Array, Arrays
 from flowsteer.sim.tasks.mujoco_task import MujocoTask, State
+from flowsteer.sim.tasks.randomization import Randomization
 
 DIVERGED = 1e10
 """MuJoCo's own bound (mjMAXVAL) on positions and velocities."""
@@ -36,6 +38,9 @@ class RolloutPool(Pool):
         self._model = task.model()
         threads = min(num_envs, threads or usable_cores())
         self._data = [self._mujoco.MjData(self._model) for _ in range(threads)]
+        self._randomization = Randomization(self._model, task.randomize)
+        self._models = [copy(self._model) for _ in range(num_envs)] if task.randomize else []
+        """A world's own; none where all worlds have the same."""
         self._rollout = rollout.Rollout(nthread=threads)
         size = self._mujoco.mj_stateSize(self._model, self._mujoco.mjtState.mjSTATE_FULLPHYSICS)
         # Time, qpos, qvel, actuator states, as rollout lays them out.
@@ -52,10 +57,12 @@ class RolloutPool(Pool):
         worlds = np.fromiter(seeds, dtype=np.int64)
         qpos, qvel = self._task.initial(np, self._task.draws(seeds.values()))
         self._steps[worlds] = 0
+        for i in seeds if self._models else ():
+            self._randomization.apply(self._models[i], self._data[0], seeds[i])
         self._states[worlds] = 0
         self._states[worlds, 1 : 1 + self._model.nq + self._model.nv] = np.concatenate([qpos, qvel], axis=1)
         if self._model.nsensordata:
-            self._sensors[worlds] = [self._sensed(state) for state in self._states[worlds]]
+            self._sensors[worlds] = [self._sensed(i) for i in seeds]
         observed = self._task.observe(np, self._state(self._states[worlds], self._sensors[worlds]))
         for key, window in self.windows.items():
             window[worlds] = observed[key][:, None]
@@ -86,7 +93,8 @@ class RolloutPool(Pool):
         control = np.repeat(np.asarray(self._task.control(np, chunks), np.float64), skip, axis=1)
         starts = self._states[worlds]
         # Rollout has its own arrays made and returns every physics step; only the last of each control step counts.
-        states, sensors = self._rollout.rollout(self._model, self._data, starts, control)
+        models = [self._models[i] for i in worlds] if self._models else self._model
+        states, sensors = self._rollout.rollout(models, self._data, starts, control)
         return (
             np.concatenate([starts[:, None], states[:, skip - 1 :: skip]], axis=1),
             np.concatenate([self._sensors[worlds][:, None], sensors[:, skip - 1 :: skip]], axis=1),
@@ -129,9 +137,9 @@ class RolloutPool(Pool):
         nq, nv = self._model.nq, self._model.nv
         return State(states[..., 1 : 1 + nq], states[..., 1 + nq : 1 + nq + nv], sensors)
 
-    def _sensed(self, state: Array) -> Array:
-        """What the sensors show in one state."""
-        data = self._data[0]
-        self._mujoco.mj_setState(self._model, data, state, self._mujoco.mjtState.mjSTATE_FULLPHYSICS)
-        self._mujoco.mj_forward(self._model, data)
+    def _sensed(self, world: int) -> Array:
+        """What the sensors show at a world's start."""
+        model, data = self._models[world] if self._models else self._model, self._data[0]
+        self._mujoco.mj_setState(model, data, self._states[world], self._mujoco.mjtState.mjSTATE_FULLPHYSICS)
+        self._mujoco.mj_forward(model, data)
         return np.array(data.sensordata)

@@ -13,6 +13,7 @@ from flowsteer.sim.errors import SimError, optional_module
 from flowsteer.sim.tasks.base import Array, Arrays, SingleEnv, Step
 from flowsteer.sim.tasks.gymnasium_env import REMEDY, RENDER_SIZE
 from flowsteer.sim.tasks.mujoco_task import MujocoTask, State
+from flowsteer.sim.tasks.randomization import Randomization
 
 
 @final
@@ -24,10 +25,12 @@ class MujocoEnv(SingleEnv):
         self._task = task
         self._model = task.model()
         self._data = self._mujoco.MjData(self._model)
+        self._randomization = Randomization(self._model, task.randomize)
         self._renderer: Any = None
 
     def reset(self, seed: int) -> Arrays:
         """Start the episode of `seed`."""
+        self._randomization.apply(self._model, self._data, seed)
         (qpos,), (qvel,) = self._task.initial(np, self._task.draws([seed]))
         self._mujoco.mj_resetData(self._model, self._data)
         self._data.qpos[:], self._data.qvel[:] = qpos, qvel

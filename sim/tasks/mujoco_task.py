@@ -8,6 +8,7 @@ have under the same name (clip, abs, sum, all, cos, stack, concat, ...), with `a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple, final
 
@@ -46,12 +47,19 @@ class MujocoTask(Task, ABC):
     """An MJCF model and what an episode in it means.
 
     Concrete tasks are final. A control step is `frame_skip` physics steps under the same control.
+
+    Args:
+        randomize: {field of the model: (low, high)}: factors by which its rows are scaled in each episode, see
+            `Randomization`.
     """
 
     heavy: ClassVar[bool] = False
     frame_skip: ClassVar[int]
     camera: ClassVar[str | None] = None
     """The camera of the model to film with; None for MuJoCo's free camera."""
+
+    def __init__(self, randomize: Mapping[str, Sequence[float]] | None = None) -> None:
+        self.randomize = {name: tuple(values) for name, values in (randomize or {}).items()}
 
     @abstractmethod
     def load(self) -> Any:
