@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from flowsteer.cli.dispatch import Parser
 from flowsteer.cli.errors import exit_code, report
+from flowsteer.cli.files import absolute
 from flowsteer.cli.help import help_text
 from flowsteer.cli.refusals import VERSION_BASE, Composed, compose_or_refuse, parse
 
@@ -146,9 +146,8 @@ class Job:
     def _resolved(self, config: DictConfig, cwd: Path) -> DictConfig:
         OmegaConf.resolve(config)
         for key in self.application.paths:
-            # minari:ID and the like name no file.
-            if config[key] is not None and ":" not in config[key]:
-                config[key] = os.path.normpath(cwd / Path(config[key]).expanduser())
+            if config[key] is not None:
+                config[key] = absolute(config[key], cwd)
         return config
 
 

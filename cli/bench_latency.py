@@ -14,11 +14,14 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from flowsteer.cli.bench import benchmark
+from flowsteer.cli.checks import check_filled, check_positive
 from flowsteer.cli.devices import find_device
 from flowsteer.cli.errors import unknown
 from flowsteer.configs.groups import ENCODERS, NETWORKS, POLICIES
+from flowsteer.datasets.key_statistics import KeyStatistics
 from flowsteer.policies.build import build
 from flowsteer.policies.denoising import DenoisingPolicy
+from flowsteer.policies.policy import ACTION
 from flowsteer.policies.spec import ArraySpec, PolicySpec
 from flowsteer.sim.errors import optional_module
 
@@ -51,11 +54,13 @@ class LatencyBenchmark:
 
 
 Chunk = Callable[[Tensor], Tensor]
-"""Starting noise [1, Tp, Da] -> chunk [1, Tp, Da] in normalised units."""
+"""Starting noise [1, Tp, Da] -> chunk [1, Tp, Da] in physical units, for the same observation each time."""
 
 
 def measure(config: DictConfig) -> dict[str, Any]:
     """A row per policy, network and number of steps; times in milliseconds."""
+    check_filled(config, "policies", "networks")
+    check_positive(config, "steps", "repeats")
     device = find_device(config.device)
     rows = []
     for family, network, steps in product(config.policies, config.networks, config.steps):
@@ -79,13 +84,19 @@ def make_policy(family: str, network: str, steps: int) -> DenoisingPolicy:
     for parameter in policy.network.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
+    policy.fit_normalizer({"state": _unit_range(9), ACTION: _unit_range(SPEC.action_dim)})
     return policy.eval()
 
 
+def _unit_range(width: int) -> KeyStatistics:
+    ones = np.ones(width)
+    return KeyStatistics(min=-ones, max=ones, mean=0 * ones, std=ones, count=1)
+
+
 def ours(policy: DenoisingPolicy) -> Chunk:
-    """`predict`, without the units."""
-    features = _features(policy)
-    return lambda noise: policy._sample(features, noise, None)
+    """As a robot calls it."""
+    obs = _observation(policy)
+    return lambda noise: policy.predict(obs, noise=noise)
 
 
 def diffusion_loop(policy: DenoisingPolicy, steps: int) -> Chunk:
@@ -97,14 +108,15 @@ def diffusion_loop(policy: DenoisingPolicy, steps: int) -> Chunk:
         timestep_spacing="trailing",
         clip_sample=False,
     )
-    features = _features(policy)
+    obs = _observation(policy)
 
     def chunk(x: Tensor) -> Tensor:
+        features = policy.features(obs)
         scheduler.set_timesteps(steps, device=x.device)
         for timestep in scheduler.timesteps:
             t = ((timestep + 1) / TRAIN_STEPS).expand(len(x))
             x = scheduler.step(_network(policy, x, t, features), timestep, x).prev_sample
-        return x
+        return policy.normalizer.unnormalize(ACTION, x)
 
     return chunk
 
@@ -112,14 +124,15 @@ def diffusion_loop(policy: DenoisingPolicy, steps: int) -> Chunk:
 def flow_loop(policy: DenoisingPolicy, steps: int) -> Chunk:
     """Euler steps of flow matching at t = 1, 1 - 1/K, ..."""
     scheduler = optional_module("diffusers", "dev").FlowMatchEulerDiscreteScheduler()
-    features = _features(policy)
+    obs = _observation(policy)
 
     def chunk(x: Tensor) -> Tensor:
+        features = policy.features(obs)
         scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist(), device=x.device)
         for timestep in scheduler.timesteps:
             t = (timestep / scheduler.config.num_train_timesteps).expand(len(x))
             x = scheduler.step(_network(policy, x, t, features), timestep, x).prev_sample
-        return x
+        return policy.normalizer.unnormalize(ACTION, x)
 
     return chunk
 
@@ -134,10 +147,10 @@ def _network(policy: DenoisingPolicy, x: Tensor, t: Tensor, features: Tensor) ->
     return out
 
 
-def _features(policy: DenoisingPolicy) -> Tensor:
-    device = policy.grid.device
+def _observation(policy: DenoisingPolicy) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(1, SPEC.observation_steps, policy.encoder.feature_dim, generator=generator).to(device)
+    state = torch.randn(1, SPEC.observation_steps, *SPEC.observations["state"].shape, generator=generator)
+    return {"state": state.to(policy.grid.device)}
 
 
 @torch.inference_mode()

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from flowsteer.cli.bench import benchmark
+from flowsteer.cli.checks import check_positive
 from flowsteer.datasets.batches import Batches
 from flowsteer.datasets.opening import open_dataset
 from flowsteer.datasets.replay_buffer import ACTION, ReplayBuffer
@@ -184,7 +185,9 @@ def _made_up() -> ReplayBuffer:
 
 
 def _measure(config: DictConfig) -> dict[str, Any]:
-    options = {key: config[key] for key in ("seconds", "low_dim_batch", "image_batch")}
+    names = ("seconds", "low_dim_batch", "image_batch")
+    check_positive(config, *names)
+    options = {name: config[name] for name in names}
     return run(config.dataset, **options)
 
 

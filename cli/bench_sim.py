@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
 from flowsteer.cli.bench import benchmark
+from flowsteer.cli.checks import check_filled, check_positive
 from flowsteer.cli.errors import UsageError, unknown
 from flowsteer.configs.groups import SIMULATED
 from flowsteer.policies.build import build
@@ -59,6 +60,8 @@ ROUNDS = 3
 
 def measure(config: DictConfig) -> dict[str, Any]:
     """`rows`: one per task, batch size and contender; ratios are to Gymnasium's vector environments of that batch."""
+    check_filled(config, "tasks", "backends")
+    check_positive(config, "num_envs", "chunk_steps", "seconds")
     rows: list[dict[str, Any]] = []
     for name, num_envs in product(config.tasks, config.num_envs):
         rates = _race(_task(name), num_envs, config)

@@ -13,8 +13,9 @@ from rich.console import Console
 
 from flowsteer.cli import collect, eval, train
 from flowsteer.cli.application import Application
-from flowsteer.cli.run_log import format_duration
+from flowsteer.cli.checks import check_not_negative, check_positive, check_seeds
 from flowsteer.configs.demo import DemoConfig
+from flowsteer.datasets.progress import format_duration
 
 TASK = "lift"
 UNSEEN_SEED = 10_000
@@ -25,6 +26,9 @@ console = Console(soft_wrap=True, highlight=False)
 
 def run(config: DictConfig, folder: Path) -> float:
     """Collect, train and judge below `folder`, going on where an earlier call ended; returns the success."""
+    check_positive(config, "demonstrations", "steps", "episodes")
+    check_not_negative(config, "videos")
+    check_seeds(config, "seed")
     # Products this small gain little from a second thread, and lose a lot where other programs want the core.
     torch.set_num_threads(1)
     dataset, trained, judged = folder / "demonstrations" / f"{TASK}.zarr", folder / "policy", folder / "judged"

@@ -9,18 +9,26 @@ from rich.console import Console
 from rich.table import Table
 
 from flowsteer.cli.application import Application
+from flowsteer.cli.checks import check_not_negative, check_positive, check_seeds
 from flowsteer.cli.devices import find_device
-from flowsteer.cli.errors import UsageError
+from flowsteer.cli.errors import UsageError, unknown
 from flowsteer.cli.refusals import Composed
-from flowsteer.cli.simulation import find_task, run_episodes
+from flowsteer.cli.simulation import check_kept, find_task, run_episodes
 from flowsteer.configs.evaluation import EvaluationConfig
 from flowsteer.policies.checkpoint import load_policy, read_config, resolve
 from flowsteer.sim.evaluate import Evaluation
 from flowsteer.sim.results import summary, write_evaluation
 
+WEIGHTS = ("ema", "weights")
+"""Of a checkpoint: averaged, or as the optimiser left them."""
+
 
 def run(config: DictConfig, folder: Path) -> float:
-    """Evaluate and write eval.json, plots and videos to `folder`; returns the share of successes."""
+    """Evaluate and write eval.json, plots and videos to `folder`; returns the share of successes.
+
+    Raises:
+        UsageError, PolicyError, SimError: bad options, checkpoint or task, or every episode was lost.
+    """
     checkpoint = _checkpoint(config)
     device, options = find_device(config.device), config.eval
     policy = load_policy(checkpoint, device, config.weights)
@@ -36,14 +44,18 @@ def run(config: DictConfig, folder: Path) -> float:
     )
     write_evaluation(result, folder, task, options.videos)
     print_table(result, folder)
+    check_kept(result)
     return result.success.mean
 
 
 def _checkpoint(config: DictConfig) -> Path:
     if config.checkpoint is None:
         raise UsageError("checkpoint= is missing: name a run folder, RUN/best or RUN/checkpoints/STEP")
-    if config.episodes < 1:
-        raise UsageError(f"episodes must be at least 1, got {config.episodes}")
+    if config.weights not in WEIGHTS:
+        raise unknown("weights", config.weights, WEIGHTS)
+    check_positive(config, "episodes")
+    check_seeds(config, "seed")
+    check_not_negative(config, "eval.videos", "eval.delay_steps")
     return Path(config.checkpoint)
 
 

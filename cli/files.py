@@ -1,13 +1,20 @@
-"""JSON files that are whole or absent."""
+"""JSON files that are whole or absent, and paths that mean the same everywhere."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
+from flowsteer.datasets.minari_hdf5 import SCHEME
 from flowsteer.sim.files import replacing
+
+
+def absolute(path: str, folder: Path) -> str:
+    """`path`, relative ones from `folder`; `minari:ID` names no file and stays."""
+    return path if path.startswith(SCHEME) else os.path.normpath(folder / Path(path).expanduser())
 
 
 def write_json(file: Path, value: Any) -> None:

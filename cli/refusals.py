@@ -149,10 +149,10 @@ def _explain(name: str, overrides: Sequence[str], error: Exception) -> str:
 
 def _explain_choice(name: str, overrides: Sequence[str], error: MissingConfigException) -> str:
     group, _, choice = str(error.missing_cfg_file).rpartition("/")
-    known = sorted(error.options or [])
+    known = error.options or []
     if not known:
         return one_line(error)
-    return f"{group} '{choice}' is unknown; nearest: {nearest(choice, known)} (known: {', '.join(known)})"
+    return str(unknown(group, choice, known))
 
 
 def _explain_composition(name: str, overrides: Sequence[str], error: ConfigCompositionException) -> str:

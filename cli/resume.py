@@ -10,11 +10,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flowsteer.cli.errors import UsageError, nearest, one_line
+from flowsteer.cli.files import absolute
 from flowsteer.cli.refusals import is_node, options, parse, wrong_type
 from flowsteer.cli.training import CONFIG
 from flowsteer.configs.train import TrainConfig
 
 RESUME = "resume"
+PATHS = ("dataset",)
+"""Options of a run that name files."""
 
 
 def resumed_run(args: Sequence[str]) -> Path | None:
@@ -69,3 +72,5 @@ def _override(config: DictConfig, arg: str) -> None:
         OmegaConf.update(config, key, override.value())
     except OmegaConfBaseException as error:
         raise UsageError(wrong_type(error)) from None
+    if key in PATHS and config[key] is not None:
+        config[key] = absolute(config[key], Path.cwd())

@@ -4,34 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-import time
 import uuid
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, final
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Task as ProgressTask
-from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 
 from flowsteer.cli.errors import UsageError
 from flowsteer.cli.plots import plot_run
-from flowsteer.sim.files import replacing
+from flowsteer.datasets.progress import ProgressBar
+from flowsteer.sim.files import replacing, writing
 
 METRICS = "metrics.jsonl"
-LINE_EVERY_S = 10.0
 
 
 class Sink(Protocol):
@@ -79,8 +67,9 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for sink in self._sinks:
-            sink.close()
+        with ExitStack() as stack:
+            for sink in self._sinks:
+                stack.callback(sink.close)
         if error is None:
             self.plot()
 
@@ -101,16 +90,18 @@ class Metrics:
         kept = [row for row in read_metrics(file) if row["step"] <= start]
         with replacing(file) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self._stream = file.open("a", buffering=1)
+        self._file, self._stream = file, file.open("a", buffering=1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append a line."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._stream.write(json.dumps({"step": step, **finite}) + "\n")
+        with writing(self._file):
+            self._stream.write(json.dumps({"step": step, **finite}) + "\n")
 
     def close(self) -> None:
         """Close the file."""
-        self._stream.close()
+        with writing(self._file):
+            self._stream.close()
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
@@ -126,62 +117,21 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 @final
 class Screen:
-    """A bar with rate and time left on a terminal; elsewhere a plain line every ten seconds."""
+    """A bar on a terminal, plain lines elsewhere; evaluations, validations and the last step leave a line."""
 
     def __init__(self, steps: int, start: int) -> None:
-        self._steps, self._start, self._began, self._last_line = steps, start, time.monotonic(), -math.inf
-        self._console = Console(soft_wrap=True)
-        self._bar: Progress | None = None
-        if self._console.is_terminal:
-            self._bar, self._task = _start_bar(self._console, steps, start)
+        self._steps = steps
+        console = Console(soft_wrap=True)
+        self._bar = ProgressBar("training", steps, "steps", start=start, first_line_s=0, console=console)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Move the bar; evaluations and validations also leave a line."""
-        text = format_numbers(values)
+        """Move the bar."""
         judged = any(name.startswith(("eval/", "val/")) for name in values)
-        if self._bar is not None:
-            if judged:
-                self._console.print(f"step {step}  {text}", highlight=False)
-            self._bar.update(self._task, completed=step, numbers="" if judged else text)
-        elif judged or time.monotonic() - self._last_line >= LINE_EVERY_S or step == self._steps:
-            self._last_line = time.monotonic()
-            self._console.print(f"step {step}/{self._steps}  {text}  {self._pace(step)}", highlight=False)
-
-    def _pace(self, step: int) -> str:
-        rate = (step - self._start) / max(1e-9, time.monotonic() - self._began)
-        left = (self._steps - step) / rate if rate > 0 else math.inf
-        return f"{rate:.1f} steps/s  {format_duration(left)} left"
+        self._bar.move(step, format_numbers(values), keep=judged or step == self._steps)
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
-        if self._bar is not None:
-            self._bar.stop()
-
-
-@final
-class StepsPerSecond(ProgressColumn):
-    """The rate of a bar."""
-
-    def render(self, task: ProgressTask) -> Text:
-        """The text of the column."""
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:.1f} steps/s")
-
-
-def _start_bar(console: Console, steps: int, start: int) -> tuple[Progress, TaskID]:
-    bar = Progress(
-        BarColumn(),
-        MofNCompleteColumn(),
-        StepsPerSecond(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[numbers]}"),
-        console=console,
-        speed_estimate_period=60,
-    )
-    task = bar.add_task("train", total=steps, completed=start, numbers="")
-    bar.start()
-    return bar, task
+        """Take the bar away."""
+        self._bar.close()
 
 
 def format_numbers(values: Mapping[str, float]) -> str:
@@ -196,30 +146,24 @@ def format_numbers(values: Mapping[str, float]) -> str:
     return "  ".join(texts)
 
 
-def format_duration(seconds: float) -> str:
-    """Hours, minutes and seconds as 1:02:03 or 2:03; "?" where unknown."""
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
-
-
 @final
 class TensorBoard:
     """Event files in the run folder; `tensorboard --logdir runs` compares runs."""
 
     def __init__(self, folder: Path, start: int) -> None:
+        self._folder = folder
         self._writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None, flush_secs=10)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Add one scalar for each value."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        with writing(self._folder):
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flush and close."""
-        self._writer.close()
+        with writing(self._folder):
+            self._writer.close()
 
 
 @final
@@ -237,7 +181,8 @@ class Wandb:
             raise UsageError("log.wandb=true needs a package: pip install 'flowsteer[wandb]'") from None
         note = folder / "wandb_id.txt"
         if not note.exists():
-            note.write_text(uuid.uuid4().hex)
+            with replacing(note) as temporary:
+                temporary.write_text(uuid.uuid4().hex)
         self._run = wandb.init(dir=str(folder), id=note.read_text().strip(), resume="allow", **options)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

@@ -1,22 +1,22 @@
-"""Tasks by name, environments for an evaluation, and a bar over episodes."""
+"""Tasks by name, environments for an evaluation, and episodes under a bar."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Mapping
+from contextlib import closing
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flowsteer.cli.errors import UsageError, unknown
 from flowsteer.configs.groups import SIMULATED
 from flowsteer.configs.simulation import SimOptions
+from flowsteer.datasets.progress import ProgressBar
 from flowsteer.policies.build import build
 from flowsteer.policies.policy import Policy
 from flowsteer.sim.backends import BACKENDS, suitable
+from flowsteer.sim.errors import SimError
 from flowsteer.sim.evaluate import Evaluation, evaluate
 from flowsteer.sim.tasks.base import Task
 from flowsteer.sim.vec_env import VecEnv
@@ -49,12 +49,13 @@ def make_environments(
 
     Raises:
         UsageError: there is no such back end.
-        SimError: the simulator is not installed, or the task does not run in that back end.
+        SimError: the simulator is not installed, the task does not run in that back end, or a size is out of range.
     """
     name = sim.backend or suitable(task)
     if name not in BACKENDS:
         raise unknown("sim.backend", name, BACKENDS)
-    num_envs = min(sim.num_envs or (HEAVY_ENVS if task.heavy else CHEAP_ENVS), episodes)
+    usual = HEAVY_ENVS if task.heavy else CHEAP_ENVS
+    num_envs = min(usual if sim.num_envs is None else sim.num_envs, episodes)
     return BACKENDS[name](task, num_envs, observation_steps, workers=sim.workers, device=device)
 
 
@@ -69,27 +70,33 @@ def run_episodes(
     device: torch.device,
 ) -> Evaluation:
     """Judge `policy` in `task` over `episodes` seeds from `seed` on, with a bar."""
-    environments = make_environments(task, sim, episodes, policy.spec.observation_steps, device)
-    with closing(environments), episode_bar(episodes) as advance:
+    with closing(make_environments(task, sim, episodes, policy.spec.observation_steps, device)) as environments:
+        return judge(policy, environments, "judging", episodes=episodes, seed=seed, delay_steps=delay_steps)
+
+
+def judge(
+    policy: Policy, environments: VecEnv, label: str, *, episodes: int, seed: int, delay_steps: int
+) -> Evaluation:
+    """`evaluate` under a bar with this label."""
+    with ProgressBar(label, episodes, "episodes") as bar:
         return evaluate(
             policy,
             environments,
             episodes=episodes,
             seed=seed,
             delay_steps=delay_steps,
-            progress=lambda episode: advance(None, f"seed {episode.seed} done"),
+            progress=lambda episode: bar.advance(),
         )
 
 
-@contextmanager
-def episode_bar(episodes: int) -> Iterator[Callable[[int | None, str], None]]:
-    """Yield a function (episodes done, or None for one more; what to say beside the bar); on a terminal only."""
-    console = Console(stderr=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=episodes)
+def check_kept(result: Evaluation) -> None:
+    """Refuse an evaluation that tells nothing.
 
-        def advance(done: int | None, text: str) -> None:
-            bar.update(task, description=text, completed=done, advance=None if done is not None else 1)
-
-        yield advance
+    Raises:
+        SimError: every episode was lost.
+    """
+    if not result.kept:
+        raise SimError(
+            f"{result.task}: all {len(result.episodes)} episodes were lost, which tells nothing of the policy: "
+            f"the warnings above say why"
+        )

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from flowsteer.cli.application import Application, timestamp
 from flowsteer.cli.errors import UsageError
 from flowsteer.cli.refusals import Composed
-from flowsteer.cli.resume import resumed_config, resumed_run
+from flowsteer.cli.resume import PATHS, resumed_config, resumed_run
 from flowsteer.cli.training import CONFIG, is_main_process, train_policy
 from flowsteer.configs.groups import register
 from flowsteer.configs.train import TrainConfig
@@ -49,7 +49,7 @@ application = Application(
     TrainConfig,
     run,
     default_out,
-    paths=("dataset",),
+    paths=PATHS,
     register=register,
 )
 

@@ -12,11 +12,12 @@ from typing import Any, final
 from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
 
+from flowsteer.cli.checks import check_not_negative, check_positive, check_seeds
 from flowsteer.cli.demonstrations import Demonstrations, load_demonstrations, make_task
 from flowsteer.cli.devices import find_processes
 from flowsteer.cli.errors import UsageError
 from flowsteer.cli.run_log import RunLog, Silent
-from flowsteer.cli.simulation import make_environments
+from flowsteer.cli.simulation import judge, make_environments
 from flowsteer.datasets.batches import Batches, epoch_batches
 from flowsteer.datasets.key_statistics import statistics
 from flowsteer.datasets.replay_buffer import ACTION
@@ -27,7 +28,7 @@ from flowsteer.policies.cloning import Cloning, Evaluate
 from flowsteer.policies.cloning_config import CloningConfig
 from flowsteer.policies.policy import Policy
 from flowsteer.policies.random_state import seed_everything
-from flowsteer.sim.evaluate import Evaluation, evaluate
+from flowsteer.sim.evaluate import Evaluation
 from flowsteer.sim.files import replacing
 from flowsteer.sim.results import write_evaluation
 from flowsteer.sim.tasks.base import Task
@@ -60,19 +61,22 @@ def train_policy(config: DictConfig, folder: Path) -> Outcome:
         folder: made if it does not exist.
 
     Raises:
-        DataError, PolicyError, SimError: bad input; nothing has been written then.
+        UsageError, DataError, PolicyError, SimError: bad input; nothing has been written then.
     """
+    check_seeds(config, "seed", "eval.seed")
+    check_positive(config, "eval.episodes")
+    check_not_negative(config, "eval.videos", "eval.delay_steps")
     seed_everything(config.seed)
     accelerator = find_processes(config.device)
     task = make_task(config)
     with ExitStack() as stack:
         _check_links(folder)
-        judge = _judge(config, task, folder, accelerator, stack) if config.train.evaluate_every else None
+        evaluate = _evaluation(config, task, folder, accelerator, stack) if config.train.evaluate_every else None
         cloning, validation = _cloning(config, load_demonstrations(config, task), folder, accelerator, stack)
         if (folder / "last").exists():
             cloning.resume(folder)
         log = _log(config, folder, cloning, stack)
-        finished = cloning.train(log, validation=validation, evaluate=judge)
+        finished = cloning.train(log, validation=validation, evaluate=evaluate)
     return Outcome(finished, cloning.progress.step, cloning.progress.best_score)
 
 
@@ -159,7 +163,7 @@ class Validation:
         return epoch_batches(self.windows, self.batch_size)
 
 
-def _judge(
+def _evaluation(
     config: DictConfig, task: Task | None, folder: Path, accelerator: Accelerator, stack: ExitStack
 ) -> Evaluate | None:
     """Evaluation in simulation; the environments are made now, so that a missing package shows before training.
@@ -174,12 +178,14 @@ def _judge(
     env = make_environments(task, config.sim, options.episodes, config.horizon.observation_steps, accelerator.device)
     stack.callback(env.close)
 
-    def judge(policy: Policy, step: int) -> tuple[dict[str, float], float]:
-        result = evaluate(policy, env, episodes=options.episodes, seed=options.seed, delay_steps=options.delay_steps)
+    protocol = {"episodes": options.episodes, "seed": options.seed, "delay_steps": options.delay_steps}
+
+    def evaluate(policy: Policy, step: int) -> tuple[dict[str, float], float]:
+        result = judge(policy, env, f"judging step {step}", **protocol)
         write_evaluation(result, folder / "evaluations" / f"{step:08d}", task, options.videos)
         return numbers(result), result.success.mean + RETURN_WEIGHT * result.reward_sum.mean
 
-    return judge
+    return evaluate
 
 
 def numbers(result: Evaluation) -> dict[str, float]:

@@ -20,10 +20,10 @@ class CollectConfig:
     Attributes:
         task: where; the checkpoint's when not given.
         checkpoint: roll this policy instead of the task's scripted expert.
-        episodes: how many to keep.
+        episodes: how many to keep of a scripted expert; how many to try with a checkpoint.
         seed: of the first episode; the others follow.
-        noise: on the expert's actions.
-        record_clean: keep what the expert wanted, not what the noise made of it.
+        noise: on the scripted expert's actions.
+        record_clean: keep what the scripted expert wanted, not what the noise made of it.
         only_successful: leave out failed episodes.
         format: "zarr" or "hdf5" (robomimic's).
         device: where a checkpoint's policy runs, "auto" (a GPU where there is one) or "cpu".

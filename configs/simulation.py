@@ -12,7 +12,8 @@ class SimOptions:
     Attributes:
         backend: "gym" (any task), "threads" (MuJoCo tasks, batched on CPU threads); what suits the task when not given.
         num_envs: environments in a batch; when not given, as many as suit the task.
-        workers: processes or threads that they are dealt over; when not given, as many as suit the task.
+        workers: processes or threads that they are dealt over, 0 for none beside the main process ("gym" only); when
+            not given, as many as suit the task.
     """
 
     backend: str | None = None

@@ -122,6 +122,15 @@ def test_a_run_writes_to_its_folder(kitchen: Path) -> None:
     assert [path.name for path in (kitchen / "served").iterdir()] == ["served.json"]
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"), [("books/a:b.txt", "{here}/books/a:b.txt"), ("minari:a/b-v0", "minari:a/b-v0")]
+)
+def test_only_a_scheme_makes_a_path_none(given: str, kept: str, kitchen: Path) -> None:
+    assert run(f"recipe='{given}'") == 0
+    served = json.loads((kitchen / "served" / "served.json").read_text())
+    assert served["recipe"] == kept.format(here=kitchen)
+
+
 def test_the_folder_may_have_any_name(kitchen: Path) -> None:
     name = "it's [a] table, x=1"
     assert run(f'out="{name}/b"') == 0

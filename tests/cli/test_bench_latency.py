@@ -39,8 +39,12 @@ def test_a_row_for_every_combination(tmp_path: Path, capsys: pytest.CaptureFixtu
     [
         ("policies=[gaussian]", "policy 'gaussian' is unknown; nearest: "),
         ("networks=[mpl]", "network 'mpl' is unknown; nearest: mlp"),
+        ("networks=[]", "networks is empty: give at least one"),
+        ("steps=[]", "steps is empty: give at least one"),
+        ("steps=[1,0]", "steps must be positive, got 0"),
+        ("repeats=0", "repeats must be positive, got 0"),
     ],
 )
-def test_unknown_names_are_refused(option: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_measured_is_refused(option: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "latency", option]) != 0
     assert message in capsys.readouterr().err

@@ -34,6 +34,10 @@ def test_a_task_of_gymnasiums_kind_alone_runs_in_one_back_end(tmp_path: Path) ->
     [
         (["tasks=[hoper]"], "task 'hoper' is unknown; nearest: hopper"),
         (["backends=[thread]"], "backend 'thread' is unknown; nearest: threads"),
+        (["tasks=[]"], "tasks is empty: give at least one, 'tasks=[a,b]'"),
+        (["backends=[]"], "backends is empty: give at least one"),
+        (["seconds=0"], "seconds must be positive, got 0"),
+        (["chunk_steps=-1"], "chunk_steps must be positive, got -1"),
         (["tasks=[pusht]", "backends=[threads]"], "task 'pusht' runs in none of the back ends threads"),
     ],
 )

@@ -59,6 +59,13 @@ def test_convert_goes_by_the_name_and_back(dataset: Path, here: Path, capsys: py
         (["collect", "task=hopper"], 2, "task 'hopper' has no scripted expert; tasks that have: lift, can"),
         (["collect", "task=lift", "format=csv"], 2, "format 'csv' is unknown; nearest: zarr (known: hdf5, zarr)"),
         (["collect", "task=lift", "noise.std=-1"], 1, "std must be positive or 0"),
+        (["collect", "task=lift", "episodes=0"], 2, "episodes must be positive, got 0"),
+        (["collect", "task=lift", "seed=-1"], 2, "seed must be from 0 to 4294967295, got -1"),
+        (["collect", "task=lift", "sim.workers=-1"], 2, "sim.workers must not be negative, got -1"),
+        (["collect", "task=lift", "sim.num_envs=3"], 2, "sim.num_envs does nothing for a scripted expert, whose epis"),
+        (["collect", "task=lift", "sim.backend=gym"], 2, "sim.backend does nothing for a scripted expert"),
+        (["collect", "checkpoint=x", "noise.std=0.1"], 2, "noise.std does nothing for a checkpoint, whose own actions"),
+        (["collect", "checkpoint=x", "record_clean=false"], 2, "record_clean does nothing for a checkpoint"),
     ],
 )
 def test_bad_input_is_one_line(

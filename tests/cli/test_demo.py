@@ -8,6 +8,15 @@ import pytest
 from flowsteer.cli.main import main
 
 
+@pytest.mark.parametrize("option", ["demonstrations=0", "steps=0", "episodes=0", "videos=-1", "seed=-1"])
+def test_the_demo_refuses_numbers_before_it_starts(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", option, f"out={tmp_path / 'demo'}"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {option.partition('=')[0]} must ")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_demo_collects_trains_and_judges_and_goes_on_where_it_ended(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,12 +2,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from flowsteer.cli.main import main
+from flowsteer.policies.policy import Policy
+from flowsteer.sim.evaluate import Evaluation, evaluate
+from flowsteer.sim.vec_env import VecEnv
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *args: str, code: int) -> str:
@@ -67,7 +72,11 @@ def test_the_delay_reaches_the_simulation(trained: Path, tmp_path: Path, capsys:
     [
         ([], 2, "checkpoint= is missing: name a run folder, RUN/best or RUN/checkpoints/STEP"),
         (["checkpoint=/nowhere"], 1, "checkpoint /nowhere does not exist"),
-        (["checkpoint={run}", "episodes=0"], 2, "episodes must be at least 1, got 0"),
+        (["checkpoint={run}", "episodes=0"], 2, "episodes must be positive, got 0"),
+        (["checkpoint={run}", "seed=-2"], 2, "seed must be from 0 to 4294967295, got -2"),
+        (["checkpoint={run}", "eval.videos=-1"], 2, "eval.videos must not be negative, got -1"),
+        (["checkpoint={run}", "sim.workers=-1"], 1, "workers must be at least 0, got -1"),
+        (["checkpoint={run}", "sim.num_envs=0"], 1, "num_envs must be at least 1, got 0"),
         (["checkpoint={run}", "episode=3"], 2, "no option 'episode'; nearest: episodes"),
         (["checkpoint={run}", "task=push"], 2, "task 'push' is unknown; nearest: pusht (known: "),
         (["checkpoint={run}", "task=pusht_keypoints"], 1, "the policy needs observation 'block_pose'"),
@@ -77,7 +86,7 @@ def test_the_delay_reaches_the_simulation(trained: Path, tmp_path: Path, capsys:
             "sim.backend 'thread' is unknown; nearest: threads (known: gym, ",
         ),
         (["checkpoint={run}", "sim.backend=threads"], 1, "pusht: only MuJoCo tasks run on threads"),
-        (["checkpoint={run}", "weights=old"], 1, "{run}"),
+        (["checkpoint={run}", "weights=emma"], 2, "weights 'emma' is unknown; nearest: ema (known: ema, weights)"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -87,6 +96,20 @@ def test_bad_input_is_one_line(
     told = error_of(capsys, *(option.format(run=trained) for option in options), code=code)
     assert told.startswith(message.format(run=trained)), told
     assert sorted(trained.iterdir()) == before
+
+
+def test_an_evaluation_that_lost_every_episode_has_failed(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(policy: Policy, environments: VecEnv, **options: Any) -> Evaluation:
+        result = evaluate(policy, environments, **options)
+        return replace(result, episodes=[replace(episode, lost=True) for episode in result.episodes])
+
+    monkeypatch.setattr("flowsteer.cli.simulation.evaluate", lose)
+    told = error_of(capsys, f"checkpoint={trained}", "episodes=2", "eval.videos=0", f"out={tmp_path / 'lost'}", code=1)
+    assert told.startswith("pusht: all 2 episodes were lost, which tells nothing of the policy")
+    result = json.loads((tmp_path / "lost" / "eval.json").read_text())
+    assert (result["lost"], result["success"]["mean"]) == (2, None)
 
 
 def test_a_damaged_checkpoint_is_named(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from flowsteer.cli.errors import UsageError
 from flowsteer.cli.files import write_json
-from flowsteer.cli.run_log import METRICS, RunLog, format_duration, read_metrics
+from flowsteer.cli.run_log import METRICS, Metrics, RunLog, read_metrics
+from flowsteer.datasets.progress import ProgressBar
+from flowsteer.sim.errors import SimError
 
 
 def scores(value: float) -> dict[str, float]:
@@ -57,16 +59,37 @@ def test_without_a_terminal_lines_come_at_most_every_ten_seconds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr("flowsteer.cli.run_log.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("flowsteer.datasets.progress.time.monotonic", lambda: now[0])
     with RunLog(tmp_path, 1000, start=100) as log:
         for second in range(1, 26):
             now[0] = float(second)
             log.log(100 + second * 10, {"train/loss": 0.25})
+        with ProgressBar("judging step 350", 4, "episodes") as bar:
+            now[0] = 35.0
+            bar.advance()
         log.log(350, scores(0.5))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "step 110/1000  loss 0.25  10.0 steps/s  1:29 left"
-    assert [line.split()[1] for line in lines] == ["110/1000", "210/1000", "310/1000", "350/1000"]
+    assert lines[0] == "training 110/1000 steps  loss 0.25  10.0 steps/s  1:29 left"
+    assert lines[3] == "judging step 350 1/4 episodes  0.100 episodes/s  0:30 left"
+    assert [line.split()[1] for line in lines if line.startswith("training ")] == [
+        "110/1000",
+        "210/1000",
+        "310/1000",
+        "350/1000",
+    ]
     assert "success 0.5 [0.4, 0.6]" in lines[-1]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_named_with_the_file(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path / METRICS, 0)
+    with Path("/dev/full").open("w") as full:
+        os.dup2(full.fileno(), metrics._stream.fileno())
+    told = rf"{tmp_path / METRICS} cannot be written \(No space left on device\): free disk space"
+    with pytest.raises(SimError, match=told):
+        metrics.log(10, {"train/loss": 0.5})
+    with pytest.raises(SimError, match="cannot be written"):
+        metrics.close()
 
 
 def test_wandb_is_asked_for_by_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,13 +121,6 @@ def test_a_resumed_wandb_run_keeps_its_id(tmp_path: Path, monkeypatch: pytest.Mo
     assert started[0] == started[1]
     assert started[0]["project"] == "arms"
     assert sent == [(10, {"train/loss": 1.0}), (-1, {}), (20, {"train/loss": 1.0}), (-1, {})]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3661, "1:01:01"), (math.inf, "?")]
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert format_duration(seconds) == text
 
 
 def test_json_files_hold_null_for_what_is_not_finite(tmp_path: Path) -> None:

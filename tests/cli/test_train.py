@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from flowsteer.cli.main import main
+from flowsteer.cli.resume import resumed_config
 from flowsteer.cli.run_log import read_metrics
 from flowsteer.datasets import ReplayBuffer, write_zarr
 from flowsteer.datasets.opening import open_dataset
@@ -206,6 +207,32 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("seed=-1", "seed must be from 0 to 4294967295, got -1"),
+        ("seed=4294967296", "seed must be from 0 to 4294967295, got 4294967296"),
+        ("eval.seed=-1", "eval.seed must be from 0 to 4294967295, got -1"),
+        ("eval.episodes=0", "eval.episodes must be positive, got 0"),
+        ("eval.delay_steps=-1", "eval.delay_steps must not be negative, got -1"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_before_anything_is_made(
+    option: str, message: str, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny: tuple[str, ...]
+) -> None:
+    assert error_of(capsys, f"dataset={dataset}", f"out={tmp_path / 'run'}", *tiny, option) == message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_data_set_given_anew_when_resuming_means_the_working_directory(
+    trained: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(dataset.parent)
+    config = resumed_config(trained, [f"resume={trained}", f"dataset={dataset.name}"])
+    assert config.dataset == str(dataset)
+    assert resumed_config(trained, ["dataset=minari:a/b-v0"]).dataset == "minari:a/b-v0"
+
+
 def test_a_recorded_state_that_is_another_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny: tuple[str, ...]
 ) -> None:
@@ -264,6 +291,7 @@ def test_a_full_disk_is_one_line_and_nothing_half_written_stays(
     assert done.returncode == 1, done.stderr
     assert done.stderr.startswith("error: "), done.stderr
     assert "File too large" in done.stderr
+    assert str(run) in done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
     assert not (run / "last").exists()
     assert list((run / "checkpoints").iterdir()) == []
