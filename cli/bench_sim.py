@@ -20,7 +20,7 @@ from flowsteer.cli.checks import check_filled, check_positive
 from flowsteer.cli.errors import UsageError, unknown
 from flowsteer.configs.groups import SIMULATED
 from flowsteer.policies.build import build
-from flowsteer.sim.backends import BACKENDS
+from flowsteer.sim.backends import ANY_TASK, BACKENDS
 from flowsteer.sim.cores import usable_cores
 from flowsteer.sim.errors import optional_module
 from flowsteer.sim.files import replacing
@@ -103,7 +103,7 @@ def _contenders(task: Task, num_envs: int, config: DictConfig) -> Mapping[str, A
     for backend in config.backends:
         if backend not in BACKENDS:
             raise unknown("backend", backend, BACKENDS)
-        if backend == "gym" or isinstance(task, MujocoTask):
+        if backend in ANY_TASK or isinstance(task, MujocoTask):
             found[backend] = _ours(task, backend, num_envs, config.chunk_steps)
     if isinstance(task, MujocoTask):
         found[BARE] = _bare(task, num_envs, config.chunk_steps)

@@ -104,6 +104,8 @@ def ray(
 
 
 BACKENDS: dict[str, Backend] = {"gym": gym, "threads": threads, "ray": ray}
+ANY_TASK = frozenset({"gym", "ray"})
+"""The others run MuJoCo tasks only."""
 
 
 def suitable(task: Task) -> str:
