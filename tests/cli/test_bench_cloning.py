@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from flowsteer.cli.main import main
+from flowsteer.policies.spec import ArraySpec, PolicySpec
 
 
 def make_run(folder: Path, seed: int, success: float, judged: bool = True) -> Path:
@@ -19,6 +20,7 @@ def make_run(folder: Path, seed: int, success: float, judged: bool = True) -> Pa
         "seed": seed,
         "train": {"steps": 20},
         "policy": {"_target_": "flowsteer.policies.x.FlowPolicy"},
+        "spec": PolicySpec({"state": ArraySpec((3,))}, 2, 2, 8, 4, 10.0).to_dict(),
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     scores = {"eval/success": 0.25, "eval/max_reward": 0.5, "eval/return": 7.0}

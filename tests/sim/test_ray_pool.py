@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -93,16 +92,22 @@ def test_an_actor_killed_in_the_middle_costs_its_episodes_and_nothing_else():
         assert not result.info["lost"].any()
 
 
-def test_an_actor_that_dies_of_its_environment_and_one_that_hangs_are_replaced():
-    with dealt(Counting(), 2, timeout_s=2.0) as env:
+def test_an_actor_that_dies_of_its_environment_is_replaced():
+    with dealt(Counting(), 2) as env:
         env.reset(range(9))
         with pytest.warns(RuntimeWarning, match=r"environments \[1\] died"):
             assert env.step_chunk(chunk([1], [EXIT])).info["lost"].tolist() == [False, True]
-        started = time.monotonic()
-        with pytest.warns(RuntimeWarning, match=r"environments \[0\] did not answer within 2 s"):
+        assert env.seeds == (0, 2)
+        assert not env.step_chunk(chunk([1], [1])).info["lost"].any()
+
+
+def test_an_actor_that_hangs_is_replaced():
+    # Long enough for an actor that is only slow, on a busy machine, to answer.
+    with dealt(Counting(), 2, timeout_s=8.0) as env:
+        env.reset(range(9))
+        with pytest.warns(RuntimeWarning, match=r"environments \[0\] did not answer within 8 s"):
             assert env.step_chunk(chunk([HANG], [1])).info["lost"].tolist() == [True, False]
-        assert time.monotonic() - started < 60
-        assert env.seeds == (3, 2)
+        assert env.seeds == (2, 1)
         assert not env.step_chunk(chunk([1], [1])).info["lost"].any()
 
 
