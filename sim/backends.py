@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from flowsteer.sim.cores import usable_cores
-from flowsteer.sim.errors import SimError
+from flowsteer.sim.errors import SimError, optional_module
 from flowsteer.sim.pool import LocalPool, Pool
 from flowsteer.sim.pool_env import PoolVecEnv
 from flowsteer.sim.ray_pool import RayPool
@@ -103,7 +103,29 @@ def ray(
     return PoolVecEnv(task.spec, pool, num_envs, observation_steps, device)
 
 
-BACKENDS: dict[str, Backend] = {"gym": gym, "threads": threads, "ray": ray}
+def warp(
+    task: Task,
+    num_envs: int,
+    observation_steps: int,
+    *,
+    workers: int | None = None,
+    device: torch.device | str = "cpu",
+) -> VecEnv:
+    """MuJoCo worlds in MuJoCo Warp, on `device`, where they pay from about a thousand on a GPU; for MuJoCo tasks."""
+    _check_sizes(num_envs, observation_steps, workers)
+    if not isinstance(task, MujocoTask):
+        raise SimError(f"{task.spec.name}: only MuJoCo tasks run in MuJoCo Warp; choose sim.backend=gym")
+    if workers is not None:
+        raise SimError("sim.backend=warp has no workers: leave sim.workers out")
+    for module in ("warp", "mujoco_warp"):
+        optional_module(module, "warp")
+    # Not at the top: that module imports Warp.
+    from flowsteer.sim.warp_env import WarpVecEnv
+
+    return WarpVecEnv(task, num_envs, observation_steps, device)
+
+
+BACKENDS: dict[str, Backend] = {"gym": gym, "threads": threads, "ray": ray, "warp": warp}
 ANY_TASK = frozenset({"gym", "ray"})
 """The others run MuJoCo tasks only."""
 

@@ -1,0 +1,250 @@
+"""MuJoCo worlds in MuJoCo Warp: thousands of them on a GPU, without a copy to the host.
+
+Dimension letters: N worlds, Ta control steps, To observed steps. Importing this needs Warp.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from flowsteer.sim.errors import SimError
+from flowsteer.sim.slot import window_arrays
+from flowsteer.sim.start_queue import StartQueue
+from flowsteer.sim.tasks.mujoco_task import MujocoTask, State
+from flowsteer.sim.vec_env import IDLE, Observation, StepResult, VecEnv
+from flowsteer.sim.warp_worlds import WarpWorlds
+
+DIVERGED = 1e10
+"""MuJoCo's own bound (mjMAXVAL) on positions and velocities."""
+
+
+class Trail(NamedTuple):
+    """Of a chunk: the states [N, 1 + Ta, ...] before it and after each control step, and whether a buffer had
+    overflown by then [N, Ta]."""
+
+    states: State
+    overflown: Tensor
+
+    @property
+    def before(self) -> State:
+        """[N, Ta, ...]."""
+        return State(*(part[:, :-1] for part in self.states))
+
+    @property
+    def after(self) -> State:
+        """[N, Ta, ...]."""
+        return State(*(part[:, 1:] for part in self.states))
+
+
+class Outcome(NamedTuple):
+    """Of a chunk, [N] each; the words of `StepResult`. Zeros where nothing was executed."""
+
+    reward_sum: Tensor
+    reward_max: Tensor
+    env_steps: Tensor
+    terminated: Tensor
+    truncated: Tensor
+    success: Tensor
+    lost: Tensor
+
+
+@final
+class WarpVecEnv(VecEnv):
+    """`num_envs` worlds of `task` on `device`.
+
+    All worlds step to the end of the chunk; where an episode ended inside it is found afterwards, and what follows is
+    masked. The host waits for the device once per chunk, before it, for the check of the actions. A world whose state
+    blows up, or whose contacts or constraints did not fit, is lost; the latter is told by a warning with the next
+    call.
+
+    Args:
+        task, num_envs, observation_steps, device: see `flowsteer.sim.backends.Backend`.
+
+    Raises:
+        SimError: see `WarpWorlds`.
+    """
+
+    def __init__(
+        self, task: MujocoTask, num_envs: int, observation_steps: int, device: torch.device | str = "cpu"
+    ) -> None:
+        self.spec, self.num_envs, self.observation_steps = task.spec, num_envs, observation_steps
+        self.device = torch.device(device)
+        self._task = task
+        self._worlds = WarpWorlds(task, num_envs, self.device)
+        self._parked = self._worlds.qpos[0].clone(), self._worlds.qvel[0].clone()
+        self._queue = self._new_queue(())
+        self._low, self._high = (self._tensor(limits) for limits in (self.spec.action_low, self.spec.action_high))
+        self._seed = self._tensor([IDLE] * num_envs, torch.int64)
+        self._steps = torch.zeros_like(self._seed)
+        self._sensors = self._worlds.sensors.clone()
+        self._needs = self._tensor([0, 0], torch.int64)
+        self._warned: set[str] = set()
+        self._open = True
+        self._windows = {
+            key: torch.zeros(shape, dtype=getattr(torch, str(dtype)), device=self.device)
+            for key, (shape, dtype) in window_arrays(self.spec, num_envs, observation_steps).items()
+        }
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """See `VecEnv`; waits for the device."""
+        return tuple(self._seed.tolist())
+
+    def reset(self, seeds: Iterable[int]) -> Observation:
+        """See `VecEnv`; `seeds` is read ahead."""
+        self._check_open()
+        with self._worlds.enough_memory():
+            self._queue = self._new_queue(seeds)
+            self._start(torch.ones_like(self._seed, dtype=torch.bool))
+            self._queue.refill()
+            return self._observation()
+
+    def step_chunk(self, actions: Tensor) -> StepResult:
+        """See `VecEnv`."""
+        self._check_open()
+        with self._worlds.enough_memory():
+            chunks, broken = self._checked(actions)
+            seed = self._seed
+            active = seed != IDLE
+            trail = self._simulate(chunks)
+            outcome = self._judge(chunks, trail, active & ~broken)
+            lost = broken | outcome.lost
+            self._remember(trail.after, outcome.env_steps)
+            self._steps = self._steps + outcome.env_steps
+            self._sensors = trail.states.sensors[:, -1]
+            final_obs = self._observation()
+            self._start(outcome.terminated | outcome.truncated | lost)
+            # The device is busy with all of the above by now.
+            self._queue.refill()
+            info = {name: getattr(outcome, name) for name in ("reward_max", "env_steps", "success")}
+            info |= {"seed": seed.clone(), "active": active, "lost": lost}
+            return StepResult(
+                self._observation(), outcome.reward_sum, outcome.terminated, outcome.truncated, final_obs, info
+            )
+
+    def close(self) -> None:
+        """See `VecEnv`."""
+        if self._open:
+            self._complain(*self._needs.tolist())
+            self._open = False
+            self._worlds.close()
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise SimError(f"{self.spec.name}: this environment is closed")
+
+    def _checked(self, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions [N, Ta, Da] within the limits, and the worlds [N] whose episode they cost; waits for the device."""
+        wanted = (self.num_envs, actions.shape[1] if actions.ndim == 3 else 0, self.spec.action_dim)
+        if actions.shape != wanted or actions.shape[1] < 1:
+            raise SimError(
+                f"{self.spec.name}: actions must be [{self.num_envs}, Ta, {self.spec.action_dim}], "
+                f"got {list(actions.shape)}"
+            )
+        actions = actions.detach().to(self.device, torch.float32)
+        finite, running = actions.isfinite().all(dim=2).all(dim=1), self._seed != IDLE
+        broken = running & ~finite
+        hopeless = broken.any() & (broken == running).all()
+        news = torch.stack([hopeless.long(), self._queue.taken, *self._needs])
+        hopeless_, taken, contacts, constraints = news.tolist()
+        self._complain(contacts, constraints)
+        if hopeless_:
+            raise SimError(
+                f"{self.spec.name}: no environment got finite actions; "
+                "the policy has diverged or its normaliser is broken"
+            )
+        self._queue.drop(taken)
+        return torch.where(finite[:, None, None], actions, 0.0).clip(self._low, self._high), broken
+
+    def _simulate(self, chunks: Tensor) -> Trail:
+        worlds, steps = self._worlds, chunks.shape[1]
+        controls = self._task.control(torch, chunks).float()
+        now = State(worlds.qpos, worlds.qvel, worlds.sensors)
+        states = State(*(torch.empty(len(part), 1 + steps, part.shape[1], device=self.device) for part in now))
+        for past, part in zip(states, (worlds.qpos, worlds.qvel, self._sensors), strict=True):
+            past[:, 0] = part
+        overflown = torch.empty(self.num_envs, steps, dtype=torch.bool, device=self.device)
+        worlds.forget_overflow()
+        for t in range(steps):
+            worlds.ctrl.copy_(controls[:, t])
+            worlds.step()
+            for past, part in zip(states, now, strict=True):
+                past[:, t + 1] = part
+            overflown[:, t] = worlds.overflown()
+        self._needs = torch.maximum(self._needs, worlds.needs())
+        return Trail(states, overflown)
+
+    def _judge(self, chunks: Tensor, trail: Trail, worlds: Tensor) -> Outcome:
+        """What the chunk was worth in `worlds`, a mask [N]."""
+        after = trail.after
+        steps = torch.arange(1, chunks.shape[1] + 1, device=self.device)
+        sane = (
+            (after.qpos.abs() < DIVERGED).all(dim=-1) & (after.qvel.abs() < DIVERGED).all(dim=-1)
+        ) & ~trail.overflown
+        judged = self._task.judge(torch, trail.before, chunks, after)
+        terminated = judged.terminated & sane
+        left = (self.spec.max_episode_steps - self._steps)[:, None]
+        final = terminated | ~sane | (steps >= left)
+        ended = final.any(dim=1)
+        last = torch.where(ended, final.int().argmax(dim=1) + 1, len(steps))
+        counted = (steps <= last[:, None]) & sane
+        at_last = (last - 1)[:, None]
+        lost = ~sane.gather(1, at_last)[:, 0] & worlds
+        terminated = terminated.gather(1, at_last)[:, 0] & worlds
+        reward_max = torch.where(counted, judged.reward, -torch.inf).amax(dim=1)
+        return Outcome(
+            reward_sum=torch.where(counted & worlds[:, None], judged.reward, 0.0).sum(dim=1),
+            reward_max=torch.where(worlds, reward_max, 0.0),
+            env_steps=torch.where(worlds, last, 0),
+            terminated=terminated,
+            truncated=ended & worlds & ~terminated & ~lost,
+            success=(judged.success & counted).any(dim=1) & worlds,
+            lost=lost,
+        )
+
+    def _remember(self, after: State, env_steps: Tensor) -> None:
+        """Append the observations of the executed steps to the windows."""
+        recent = env_steps[:, None] + torch.arange(self.observation_steps, device=self.device)
+        for key, new in self._task.observe(torch, after).items():
+            window = self._windows[key]
+            seen = torch.cat([window, new.to(window.dtype)], dim=1)
+            rows = recent.view(*recent.shape, *(1,) * (seen.ndim - 2))
+            self._windows[key] = seen.take_along_dim(rows, dim=1)
+
+    def _start(self, worlds: Tensor) -> None:
+        """Begin the next episodes in the worlds of the mask [N]."""
+        seed, qpos, qvel = self._queue.take(worlds)
+        self._seed = torch.where(worlds, seed, self._seed)
+        self._steps = torch.where(worlds, 0, self._steps)
+        self._worlds.restart(worlds, qpos, qvel)
+        if self._sensors.shape[1]:
+            self._worlds.sense()
+            self._sensors = torch.where(worlds[:, None], self._worlds.sensors, self._sensors)
+        begun = worlds & (seed != IDLE)
+        for key, first in self._task.observe(torch, State(qpos, qvel, self._sensors)).items():
+            window = self._windows[key]
+            mask = begun.view(-1, *(1,) * (window.ndim - 1))
+            self._windows[key] = torch.where(mask, first.to(window.dtype)[:, None], window)
+
+    def _complain(self, contacts: int, constraints: int) -> None:
+        """Warn of buffers that were too small, once of each."""
+        for complaint in self._worlds.complaints(contacts, constraints):
+            # The size needed may grow; the remedy stays the same.
+            kind = complaint.rpartition("<size ")[2].partition("=")[0]
+            if kind not in self._warned:
+                self._warned.add(kind)
+                warnings.warn(complaint, RuntimeWarning, stacklevel=3)
+
+    def _new_queue(self, seeds: Iterable[int]) -> StartQueue:
+        return StartQueue(self._task, self.num_envs, seeds, self._parked, self.device)
+
+    def _observation(self) -> Observation:
+        return {key: window.clone() for key, window in self._windows.items()}
+
+    def _tensor(self, values: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=self.device)
