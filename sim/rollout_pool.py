@@ -13,6 +13,7 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
+from flowsteer.sim.chunk import judge_chunk, sane
 from flowsteer.sim.cores import usable_cores
 from flowsteer.sim.errors import optional_module
 from flowsteer.sim.pool import Pool
@@ -20,9 +21,6 @@ from flowsteer.sim.slot import OUTCOME, Outcomes, window_arrays
 from flowsteer.sim.tasks.base import Array, Arrays
 from flowsteer.sim.tasks.mujoco_task import MujocoTask, State
 from flowsteer.sim.tasks.randomization import Randomization
-
-DIVERGED = 1e10
-"""MuJoCo's own bound (mjMAXVAL) on positions and velocities."""
 
 
 @final
@@ -75,13 +73,17 @@ class RolloutPool(Pool):
         chunks = np.stack(list(actions.values()))
         states, sensors = self._simulate(worlds, chunks)
         before, after = self._state(states[:, :-1], sensors[:, :-1]), self._state(states[:, 1:], sensors[:, 1:])
-        outcomes, lost = self._judge(worlds, chunks, before, after)
-        last = outcomes["env_steps"]
+        steps_left = self._task.spec.max_episode_steps - self._steps[worlds]
+        judged = judge_chunk(np, self._task, before, chunks, after, steps_left, sane(np, after))
+        last = judged.env_steps
         self._remember(worlds, after, last)
         rows = np.arange(len(worlds))
         self._states[worlds], self._sensors[worlds] = states[rows, last], sensors[rows, last]
         self._steps[worlds] += last
-        return outcomes, set(worlds[lost].tolist())
+        outcomes = np.zeros(len(worlds), dtype=OUTCOME)
+        for name in OUTCOME.names or ():
+            outcomes[name] = getattr(judged, name)
+        return outcomes, set(worlds[judged.lost].tolist())
 
     def close(self) -> None:
         """See `Pool`."""
@@ -99,30 +101,6 @@ class RolloutPool(Pool):
             np.concatenate([starts[:, None], states[:, skip - 1 :: skip]], axis=1),
             np.concatenate([self._sensors[worlds][:, None], sensors[:, skip - 1 :: skip]], axis=1),
         )
-
-    def _judge(
-        self, worlds: NDArray[np.int64], chunks: Array, before: State, after: State
-    ) -> tuple[Outcomes, NDArray[np.bool_]]:
-        """An outcome per world, and whether it is lost."""
-        steps = np.arange(1, chunks.shape[1] + 1)
-        sane = np.all(np.abs(after.qpos) < DIVERGED, axis=-1) & np.all(np.abs(after.qvel) < DIVERGED, axis=-1)
-        judged = self._task.judge(np, before, chunks, after)
-        terminated = judged.terminated & sane
-        left = self._task.spec.max_episode_steps - self._steps[worlds]
-        final = terminated | ~sane | (steps >= left[:, None])
-        ended = final.any(axis=1)
-        last = np.where(ended, final.argmax(axis=1) + 1, len(steps))
-        executed = steps <= last[:, None]
-        rows = np.arange(len(worlds))
-        lost = ~sane[rows, last - 1]
-        outcomes = np.zeros(len(worlds), dtype=OUTCOME)
-        outcomes["reward_sum"] = np.where(executed & sane, judged.reward, 0).sum(axis=1)
-        outcomes["reward_max"] = np.where(executed & sane, judged.reward, -np.inf).max(axis=1)
-        outcomes["env_steps"] = last
-        outcomes["terminated"] = terminated[rows, last - 1]
-        outcomes["truncated"] = ended & ~outcomes["terminated"] & ~lost
-        outcomes["success"] = (judged.success & executed & sane).any(axis=1)
-        return outcomes, lost
 
     def _remember(self, worlds: NDArray[np.int64], after: State, last: NDArray[np.int64]) -> None:
         """Append the observations of the executed steps to the windows."""

@@ -12,15 +12,13 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
+from flowsteer.sim.chunk import Outcome, judge_chunk, sane
 from flowsteer.sim.errors import SimError
 from flowsteer.sim.slot import window_arrays
 from flowsteer.sim.start_queue import StartQueue
 from flowsteer.sim.tasks.mujoco_task import MujocoTask, State
 from flowsteer.sim.vec_env import IDLE, Observation, StepResult, VecEnv
 from flowsteer.sim.warp_worlds import WarpWorlds
-
-DIVERGED = 1e10
-"""MuJoCo's own bound (mjMAXVAL) on positions and velocities."""
 
 
 class Trail(NamedTuple):
@@ -39,18 +37,6 @@ class Trail(NamedTuple):
     def after(self) -> State:
         """[N, Ta, ...]."""
         return State(*(part[:, 1:] for part in self.states))
-
-
-class Outcome(NamedTuple):
-    """Of a chunk, [N] each; the words of `StepResult`. Zeros where nothing was executed."""
-
-    reward_sum: Tensor
-    reward_max: Tensor
-    env_steps: Tensor
-    terminated: Tensor
-    truncated: Tensor
-    success: Tensor
-    lost: Tensor
 
 
 @final
@@ -180,32 +166,11 @@ class WarpVecEnv(VecEnv):
         return Trail(states, overflown)
 
     def _judge(self, chunks: Tensor, trail: Trail, worlds: Tensor) -> Outcome:
-        """What the chunk was worth in `worlds`, a mask [N]."""
-        after = trail.after
-        steps = torch.arange(1, chunks.shape[1] + 1, device=self.device)
-        sane = (
-            (after.qpos.abs() < DIVERGED).all(dim=-1) & (after.qvel.abs() < DIVERGED).all(dim=-1)
-        ) & ~trail.overflown
-        judged = self._task.judge(torch, trail.before, chunks, after)
-        terminated = judged.terminated & sane
-        left = (self.spec.max_episode_steps - self._steps)[:, None]
-        final = terminated | ~sane | (steps >= left)
-        ended = final.any(dim=1)
-        last = torch.where(ended, final.int().argmax(dim=1) + 1, len(steps))
-        counted = (steps <= last[:, None]) & sane
-        at_last = (last - 1)[:, None]
-        lost = ~sane.gather(1, at_last)[:, 0] & worlds
-        terminated = terminated.gather(1, at_last)[:, 0] & worlds
-        reward_max = torch.where(counted, judged.reward, -torch.inf).amax(dim=1)
-        return Outcome(
-            reward_sum=torch.where(counted & worlds[:, None], judged.reward, 0.0).sum(dim=1),
-            reward_max=torch.where(worlds, reward_max, 0.0),
-            env_steps=torch.where(worlds, last, 0),
-            terminated=terminated,
-            truncated=ended & worlds & ~terminated & ~lost,
-            success=(judged.success & counted).any(dim=1) & worlds,
-            lost=lost,
-        )
+        """What the chunk was worth in `worlds`, a mask [N]; zeros elsewhere."""
+        sound = sane(torch, trail.after) & ~trail.overflown
+        steps_left = self.spec.max_episode_steps - self._steps
+        judged = judge_chunk(torch, self._task, trail.before, chunks, trail.after, steps_left, sound)
+        return Outcome(*(torch.where(worlds, part, torch.zeros_like(part)) for part in judged))
 
     def _remember(self, after: State, env_steps: Tensor) -> None:
         """Append the observations of the executed steps to the windows."""

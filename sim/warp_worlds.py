@@ -207,7 +207,7 @@ def _warp_device(task: MujocoTask, device: torch.device) -> Any:
     wp.init()
     try:
         return wp.get_device(str(wp.device_from_torch(device)))
-    except (RuntimeError, ValueError, AssertionError) as error:
+    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
         raise SimError(f"{task.spec.name}: MuJoCo Warp has no device '{device}' here: choose cpu") from error
 
 
