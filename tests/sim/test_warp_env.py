@@ -276,6 +276,8 @@ def test_what_cannot_run_is_refused():
         warp(Counting(), 1, 1)
     with pytest.raises(SimError, match=r"warp has no workers: leave sim.workers out"):
         warp(Hopper(), 1, 1, workers=2)
+    with pytest.raises(SimError, match=r"hopper: MuJoCo Warp steps one model only: leave task.randomize out"):
+        warp(Hopper(randomize={"body_mass": (0.5, 1.5)}), 1, 1)
     with pytest.raises(SimError, match="num_envs must be at least 1, got 0"):
         warp(Hopper(), 0, 1)
     with pytest.raises(SimError, match="hopper: MuJoCo Warp has no device 'cuda:99' here: choose cpu"):
