@@ -41,6 +41,7 @@ class Like(MujocoTask):
     )
 
     def __init__(self, change):
+        super().__init__()
         self._change = change
 
     def load(self):
