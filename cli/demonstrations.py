@@ -71,6 +71,23 @@ def load_demonstrations(config: DictConfig, task: Task | None) -> Demonstrations
     return Demonstrations(ReplayBuffer(data, buffer.episode_ends, buffer.meta, check_finite=False), spec)
 
 
+def with_mirror_images(demonstrations: Demonstrations, task: Task | None) -> Demonstrations:
+    """2E episodes: the E that are there, then the mirror image of each.
+
+    Raises:
+        DataError: the task knows none.
+    """
+    if task is None or task.mirror is None:
+        name = "none" if task is None else task.spec.name
+        raise DataError(f"data.mirror=true: task '{name}' knows no mirror image of its observations")
+    buffer = demonstrations.buffer
+    arrays = {key: np.asarray(array) for key, array in buffer.data.items()}
+    images = task.mirror(arrays)
+    data: dict[str, Array] = {key: np.concatenate([array, images[key]]) for key, array in arrays.items()}
+    ends = np.concatenate([buffer.episode_ends, buffer.episode_ends + buffer.num_frames])
+    return Demonstrations(ReplayBuffer(data, ends, buffer.meta, check_finite=False), demonstrations.spec)
+
+
 def _keys(config: DictConfig, task: Task | None) -> dict[str, DatasetKey]:
     """Where the data set keeps each observation: as told, else under its own name, else as the public sets do."""
     names = list(config.data.observations) if task is None else list(task.spec.observations)

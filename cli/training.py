@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
+import numpy as np
 from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
 
 from flowsteer.cli.checks import check_not_negative, check_positive, check_seeds
-from flowsteer.cli.demonstrations import Demonstrations, load_demonstrations, make_task
+from flowsteer.cli.demonstrations import Demonstrations, load_demonstrations, make_task, with_mirror_images
 from flowsteer.cli.devices import find_processes
 from flowsteer.cli.errors import UsageError
 from flowsteer.cli.run_log import RunLog, Silent
@@ -21,7 +22,7 @@ from flowsteer.cli.simulation import judge, make_environments
 from flowsteer.datasets.batches import Batches, epoch_batches
 from flowsteer.datasets.key_statistics import statistics
 from flowsteer.datasets.replay_buffer import ACTION
-from flowsteer.datasets.splits import split_episodes
+from flowsteer.datasets.splits import Mask, split_episodes
 from flowsteer.datasets.windows import Batch, Windows
 from flowsteer.policies.build import build
 from flowsteer.policies.cloning import Cloning, Evaluate
@@ -72,7 +73,7 @@ def train_policy(config: DictConfig, folder: Path) -> Outcome:
     with ExitStack() as stack:
         _check_links(folder)
         evaluate = _evaluation(config, task, folder, accelerator, stack) if config.train.evaluate_every else None
-        cloning, validation = _cloning(config, load_demonstrations(config, task), folder, accelerator, stack)
+        cloning, validation = _cloning(config, task, folder, accelerator, stack)
         if (folder / "last").exists():
             cloning.resume(folder)
         log = _log(config, folder, cloning, stack)
@@ -92,12 +93,10 @@ def _check_links(folder: Path) -> None:
 
 
 def _cloning(
-    config: DictConfig, demonstrations: Demonstrations, folder: Path, accelerator: Accelerator, stack: ExitStack
+    config: DictConfig, task: Task | None, folder: Path, accelerator: Accelerator, stack: ExitStack
 ) -> tuple[Cloning, Validation | None]:
-    buffer, spec, options = demonstrations.buffer, demonstrations.spec, config.train
-    train, val = split_episodes(
-        buffer.num_episodes, config.data.val_fraction, config.seed, config.data.max_train_episodes
-    )
+    demonstrations, train, val = _split(config, load_demonstrations(config, task), task)
+    spec, options = demonstrations.spec, config.train
     windows = _windows(demonstrations, train)
     batches = Batches(
         windows,
@@ -121,6 +120,17 @@ def _cloning(
     )
     validation = Validation(_windows(demonstrations, val), options.batch_size) if val.any() else None
     return cloning, validation
+
+
+def _split(config: DictConfig, demonstrations: Demonstrations, task: Task | None) -> tuple[Demonstrations, Mask, Mask]:
+    """The demonstrations and which of their episodes train and validate; mirror images only train."""
+    data = config.data
+    episodes = demonstrations.buffer.num_episodes
+    train, val = split_episodes(episodes, data.val_fraction, config.seed, data.max_train_episodes)
+    if not data.mirror:
+        return demonstrations, train, val
+    doubled = with_mirror_images(demonstrations, task)
+    return doubled, np.concatenate([train, train]), np.concatenate([val, np.zeros_like(val)])
 
 
 def _windows(demonstrations: Demonstrations, episodes: Any) -> Windows:

@@ -52,6 +52,7 @@ class DataOptions:
         val_fraction: share of the episodes that validate.
         max_train_episodes: train on at most so many episodes.
         in_memory: false reads images from disk as they are needed.
+        mirror: train on every episode's mirror image as well, where the task's world is symmetric.
     """
 
     names: dict[str, str] = field(default_factory=dict)
@@ -60,6 +61,7 @@ class DataOptions:
     val_fraction: float = 0.02
     max_train_episodes: int | None = None
     in_memory: bool = True
+    mirror: bool = False
 
 
 @dataclass

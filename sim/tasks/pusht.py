@@ -182,6 +182,36 @@ def recorded_state_keys() -> dict[str, DatasetKey]:
     }
 
 
+def mirrored(arrays: Arrays) -> Arrays:
+    """The same episodes seen in a mirror along the goal's axis of symmetry, the line x + y = 512.
+
+    The board, the goal and the T stay what they are: (x, y) becomes (512 - y, 512 - x), an angle pi/2 minus itself.
+
+    Args:
+        arrays: any of "agent_position" [N, 2], "block_pose" [N, 4], "image" [N, 96, 96, 3] and "action" [N, 2].
+    """
+    return {key: _MIRRORED[key](array) for key, array in arrays.items()}
+
+
+def _mirrored_position(xy: Array) -> Array:
+    return BOARD - xy[..., ::-1]
+
+
+def _mirrored_pose(pose: Array) -> Array:
+    return np.concatenate([_mirrored_position(pose[..., :2]), pose[..., :1:-1]], axis=-1)
+
+
+def _mirrored_image(image: Array) -> Array:
+    return np.swapaxes(image[..., ::-1, ::-1, :], -3, -2)
+
+
+_MIRRORED: dict[str, Callable[[Array], Array]] = {
+    "agent_position": _mirrored_position,
+    "block_pose": _mirrored_pose,
+    "image": _mirrored_image,
+    "action": _mirrored_position,
+}
+
 _AGENT = ArraySpec((2,))
 
 OBSERVATIONS: dict[str, tuple[dict[str, ArraySpec], Callable[[PushTEnv], Arrays]]] = {
@@ -210,6 +240,7 @@ class PushT(Task):
             raise SimError(f"pusht: observation '{observation}' is unknown, choose one of {sorted(OBSERVATIONS)}")
         self.observation = observation
         self.dataset_keys = {**recorded_state_keys(), "image": DatasetKey("img")}
+        self.mirror = mirrored if set(OBSERVATIONS[observation][0]) <= set(_MIRRORED) else None
         self.spec = TaskSpec(
             name="pusht" if observation == "state" else f"pusht_{observation}",
             observations=OBSERVATIONS[observation][0],

@@ -14,7 +14,7 @@ from flowsteer.sim.spec import TaskSpec
 from flowsteer.sim.tasks.base import Array
 from flowsteer.sim.tasks.gymnasium_env import RENDER_SIZE
 from flowsteer.sim.tasks.mujoco_task import Batch, Judgement, MujocoTask, State, Xp, load_mjcf
-from flowsteer.sim.tasks.pusht import BOARD, SUCCESS_COVERAGE, recorded_state_keys
+from flowsteer.sim.tasks.pusht import BOARD, SUCCESS_COVERAGE, mirrored, recorded_state_keys
 from flowsteer.sim.tasks.tee import coverage
 
 PIXELS = 100.0
@@ -42,6 +42,7 @@ class PushTMujoco(MujocoTask):
         max_episode_steps=300,
     )
     dataset_keys = recorded_state_keys()
+    mirror = staticmethod(mirrored)
     frame_skip = 10
     camera = "board"
 

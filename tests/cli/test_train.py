@@ -269,6 +269,27 @@ def test_observations_come_from_where_the_public_demonstrations_keep_them(
     assert stored["ema.normalizer.scale:keypoint"].shape == (18,)
 
 
+def test_mirror_images_train_as_well_and_do_not_validate(dataset: Path, tmp_path: Path, tiny: tuple[str, ...]) -> None:
+    options = ["data.mirror=true", "train.steps=2", "train.validate_every=2", "train.batch_size=8"]
+    assert main(["train", f"dataset={dataset}", f"out={tmp_path / 'run'}", *tiny, *options]) == 0
+    state = open_dataset(dataset, keys=["state"]).data["state"]
+    validates = np.random.default_rng(0).permutation(6)[0]
+    seen = np.delete(state, np.s_[20 * validates : 20 * (validates + 1)], axis=0)
+    both = np.concatenate([seen[:, :2], 512 - seen[:, 1::-1]])
+    stored = load_file(tmp_path / "run" / "last" / "policy.safetensors")
+    scale = 2 / (both.max(axis=0) - both.min(axis=0))
+    assert stored["ema.normalizer.scale:agent_position"].numpy() == pytest.approx(scale, rel=1e-5)
+
+
+def test_a_task_without_a_mirror_image_refuses_it(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny: tuple[str, ...]
+) -> None:
+    options = ["task=pusht_keypoints", "data.mirror=true"]
+    told = error_of(capsys, f"dataset={dataset}", f"out={tmp_path / 'run'}", *tiny, *options, code=1)
+    assert told == "data.mirror=true: task 'pusht_keypoints' knows no mirror image of its observations"
+    assert not (tmp_path / "run").exists()
+
+
 def test_evaluation_needs_a_task(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny: tuple[str, ...]
 ) -> None:
