@@ -25,6 +25,7 @@ from flowsteer.sim.cores import SINGLE_THREADED
 from flowsteer.sim.environ import environment
 from flowsteer.sim.errors import SimError, check_episodes
 from flowsteer.sim.experts import Expert, Floats
+from flowsteer.sim.spec import TaskSpec
 from flowsteer.sim.tasks.base import Array, Arrays, SingleEnv, Task
 from flowsteer.sim.tasks.robosuite import RobosuiteTask
 
@@ -45,7 +46,8 @@ class ActionNoise:
 
     std: of Gaussian noise on all actions but the last (the gripper), in the task's units.
     correlation: of the noise of one step with the step before, in [0, 1).
-    pause_probability: per step, of standing still for `pause_steps` steps (actions of 0, the gripper as wanted).
+    pause_probability: per step, of standing still for `pause_steps` steps while the gripper does as wanted: actions of
+        0 or the last target again, see `TaskSpec.zero_holds`.
     """
 
     std: float = 0.0
@@ -64,11 +66,13 @@ class ActionNoise:
 class _Disturbance:
     """The noise of one episode."""
 
-    def __init__(self, noise: ActionNoise, seed: int, low: Floats, high: Floats) -> None:
-        self._noise, self._low, self._high = noise, low, high
+    def __init__(self, noise: ActionNoise, seed: int, spec: TaskSpec) -> None:
+        self._noise, self._spec = noise, spec
         self._rng = np.random.default_rng(seed)
-        self._offset = noise.std * self._rng.standard_normal(len(low) - 1)
+        self._offset = noise.std * self._rng.standard_normal(spec.action_dim - 1)
         self._pausing = 0
+        self._held = np.zeros(spec.action_dim - 1) if spec.zero_holds else None
+        """What keeps the robot where it is; None before the first target."""
 
     def __call__(self, action: Floats) -> Floats:
         """What is executed where `action` [Da] is wanted."""
@@ -76,11 +80,14 @@ class _Disturbance:
         done = action.copy()
         if self._pausing == 0 and self._rng.random() < noise.pause_probability:
             self._pausing = noise.pause_steps
-        done[:-1] = 0.0 if self._pausing else action[:-1] + self._offset
+        done[:-1] = self._held if self._pausing and self._held is not None else action[:-1] + self._offset
         self._pausing = max(0, self._pausing - 1)
         fresh = noise.std * self._rng.standard_normal(len(action) - 1)
         self._offset = rho * self._offset + np.sqrt(1 - rho**2) * fresh
-        return np.clip(done, self._low, self._high)
+        done = np.clip(done, self._spec.action_low, self._spec.action_high)
+        if not self._spec.zero_holds:
+            self._held = done[:-1]
+        return done
 
 
 @final
@@ -158,7 +165,7 @@ class _Stage:
     def roll(self, env: SingleEnv, seed: int) -> Rollout:
         spec = self.task.spec
         low, high = np.array(spec.action_low), np.array(spec.action_high)
-        expert, disturb = self.make_expert(seed), _Disturbance(self.noise, seed, low, high)
+        expert, disturb = self.make_expert(seed), _Disturbance(self.noise, seed, spec)
         expert.reset()
         seen, actions, rewards, success = [env.reset(seed)], [], [], False
         for _ in range(spec.max_episode_steps):

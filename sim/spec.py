@@ -14,7 +14,9 @@ from flowsteer.policies.spec import ArraySpec
 class TaskSpec:
     """What a task offers: the arrays of one step, the action width, its rate and its episode limit (env steps).
 
-    Actions are in the task's physical units, within `action_low` and `action_high` (each Da long).
+    Actions are in the task's physical units, within `action_low` and `action_high` (each Da long). `zero_holds` says
+    that an action of 0 keeps the robot where it is, as with displacements and velocities; where actions are targets,
+    repeating one does.
     """
 
     name: str
@@ -24,3 +26,4 @@ class TaskSpec:
     action_high: tuple[float, ...]
     control_hz: float
     max_episode_steps: int
+    zero_holds: bool = False

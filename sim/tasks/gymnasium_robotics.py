@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from contextlib import redirect_stderr
+from dataclasses import replace
 from typing import Any, ClassVar, final
 
 from flowsteer.sim.errors import SimError, optional_module
@@ -49,7 +50,7 @@ class Kitchen(Task):
 
     heavy: ClassVar[bool] = True
     dataset_keys = MINARI_KEYS
-    spec = state_spec("kitchen", state_dim=59, action_dim=9, control_hz=12.5, max_episode_steps=280)
+    spec = replace(state_spec("kitchen", 59, 9, control_hz=12.5, max_episode_steps=280), zero_holds=True)
 
     def __init__(self, subtasks: tuple[str, ...] = ("microwave", "kettle", "bottom burner", "light switch")) -> None:
         unknown = sorted(set(subtasks) - set(KITCHEN_SUBTASKS))

@@ -81,6 +81,7 @@ class RobosuiteTask(Task, ABC):
             action_high=(1.0,) * 7,
             control_hz=control_hz,
             max_episode_steps=400,
+            zero_holds=True,
         )
 
     @final

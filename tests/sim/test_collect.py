@@ -8,7 +8,8 @@ from counting_experts import CountUp, DiesInEpisode5
 
 from flowsteer.sim.collect import ActionNoise, collect, observations_from_states, record
 from flowsteer.sim.errors import SimError
-from flowsteer.sim.experts import Expert, LiftExpert
+from flowsteer.sim.experts import ArmLiftExpert, Expert, LiftExpert
+from flowsteer.sim.tasks.arm_lift import HOME, ArmLift
 from flowsteer.sim.tasks.robosuite import Can, Lift, task_from_env_args
 
 NOISE = ActionNoise(std=0.2, correlation=0.5, pause_probability=0.05)
@@ -118,6 +119,44 @@ def test_pauses_stand_still_for_their_length():
     runs = np.diff(np.flatnonzero(np.diff(np.concatenate([[0], paused, [0]]))))[::2]
     assert paused.mean() == pytest.approx(0.25, abs=0.1)
     assert (runs[:-1] % 3 == 0).all()
+
+
+class Rising(Expert):
+    """Wants another joint target in every step, and the gripper to open and close in turns."""
+
+    def reset(self):
+        self.step = 0
+
+    def act(self, observation):
+        self.step += 1
+        return np.array([*(np.array(HOME) + 0.01 * self.step), (-1.0) ** self.step])
+
+
+def paused_rise(pause_probability, record_clean):
+    pytest.importorskip("robosuite")
+    noise = ActionNoise(pause_probability=pause_probability, pause_steps=3)
+    options = {"episodes": 1, "seed": 0, "only_successful": False}
+    return collect(ArmLift(), Rising, noise=noise, record_clean=record_clean, **options).data["action"]
+
+
+def test_a_pause_between_targets_holds_the_last_one():
+    done, wanted = paused_rise(0.2, record_clean=False), paused_rise(0.2, record_clean=True)
+    paused = (np.diff(done[:, :7], axis=0) == 0).all(axis=1)
+    assert paused.mean() == pytest.approx(0.43, abs=0.15)  # 3 of 1 / 0.2 + 3 - 1
+    np.testing.assert_array_equal(done[1:][~paused], wanted[1:][~paused])
+    np.testing.assert_array_equal(done[:, 7], wanted[:, 7])
+
+
+def test_a_pause_before_any_target_holds_the_first_one():
+    done = paused_rise(0.99, record_clean=False)
+    np.testing.assert_allclose(done[:3, :7], [np.array(HOME) + 0.01] * 3, atol=1e-6)
+
+
+def test_an_arm_that_pauses_still_lifts():
+    pytest.importorskip("robosuite")
+    noise = ActionNoise(pause_probability=0.2)
+    kept = collect(ArmLift(), ArmLiftExpert, episodes=5, seed=0, noise=noise, only_successful=False)
+    assert kept.meta["episodes"]["success"] == [True] * 5
 
 
 def test_lift_is_the_same_from_any_number_of_workers_and_plays_again():
