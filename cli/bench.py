@@ -29,6 +29,7 @@ BENCHMARKS: dict[str, Command] = {
     "loader": Command("flowsteer.cli.bench_loader:main", "training batches per second, beside a per-sample loader"),
     "latency": Command("flowsteer.cli.bench_latency:main", "time per chunk at batch 1, beside a diffusers scheduler"),
     "sim": Command("flowsteer.cli.bench_sim:main", "env steps per second of each back end, beside Gymnasium's"),
+    "backends": Command("flowsteer.cli.bench_backends:main", "whether two back ends agree: returns, states"),
     "cloning": Command("flowsteer.cli.bench_cloning:main", "judged runs in one table and one plot"),
 }
 
@@ -106,7 +107,9 @@ def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _cell(value: Any) -> str:
-    """Numbers to four digits; a mapping (a mean and its bounds) as "mean (low to high)"."""
+    """Numbers to four digits; a mapping (a mean and its bounds) as "mean (low to high)"; None as nothing."""
+    if value is None:
+        return ""
     if isinstance(value, Mapping):
         mean, low, high = map(_cell, value.values())
         return f"{mean} ({low} to {high})"

@@ -28,6 +28,9 @@ class RolloutPool(Pool):
     """`num_envs` worlds of `task` on `threads` threads (one per usable core when not given).
 
     A world whose state stops being finite is lost: its episode counts for nothing, the others go on.
+
+    Attributes:
+        states: [B, ...] of all worlds now, as `mujoco.rollout` lays them out: time, qpos, qvel, actuator states.
     """
 
     def __init__(self, task: MujocoTask, num_envs: int, observation_steps: int, threads: int | None = None) -> None:
@@ -41,8 +44,7 @@ class RolloutPool(Pool):
         """A world's own; none where all worlds have the same."""
         self._rollout = rollout.Rollout(nthread=threads)
         size = self._mujoco.mj_stateSize(self._model, self._mujoco.mjtState.mjSTATE_FULLPHYSICS)
-        # Time, qpos, qvel, actuator states, as rollout lays them out.
-        self._states = np.zeros((num_envs, size))
+        self.states = np.zeros((num_envs, size))
         self._sensors = np.zeros((num_envs, self._model.nsensordata))
         self._steps = np.zeros(num_envs, dtype=np.int64)
         shapes = window_arrays(task.spec, num_envs, observation_steps)
@@ -57,11 +59,11 @@ class RolloutPool(Pool):
         self._steps[worlds] = 0
         for i in seeds if self._models else ():
             self._randomization.apply(self._models[i], self._data[0], seeds[i])
-        self._states[worlds] = 0
-        self._states[worlds, 1 : 1 + self._model.nq + self._model.nv] = np.concatenate([qpos, qvel], axis=1)
+        self.states[worlds] = 0
+        self.states[worlds, 1 : 1 + self._model.nq + self._model.nv] = np.concatenate([qpos, qvel], axis=1)
         if self._model.nsensordata:
             self._sensors[worlds] = [self._sensed(i) for i in seeds]
-        observed = self._task.observe(np, self._state(self._states[worlds], self._sensors[worlds]))
+        observed = self._task.observe(np, self._state(self.states[worlds], self._sensors[worlds]))
         for key, window in self.windows.items():
             window[worlds] = observed[key][:, None]
 
@@ -78,7 +80,7 @@ class RolloutPool(Pool):
         last = judged.env_steps
         self._remember(worlds, after, last)
         rows = np.arange(len(worlds))
-        self._states[worlds], self._sensors[worlds] = states[rows, last], sensors[rows, last]
+        self.states[worlds], self._sensors[worlds] = states[rows, last], sensors[rows, last]
         self._steps[worlds] += last
         outcomes = np.zeros(len(worlds), dtype=OUTCOME)
         for name in OUTCOME.names or ():
@@ -93,7 +95,7 @@ class RolloutPool(Pool):
         """States [n, 1 + Ta, ...] and sensors [n, 1 + Ta, ...] before the chunk and after each control step."""
         skip = self._task.frame_skip
         control = np.repeat(np.asarray(self._task.control(np, chunks), np.float64), skip, axis=1)
-        starts = self._states[worlds]
+        starts = self.states[worlds]
         # Rollout has its own arrays made and returns every physics step; only the last of each control step counts.
         models = [self._models[i] for i in worlds] if self._models else self._model
         states, sensors = self._rollout.rollout(models, self._data, starts, control)
@@ -118,6 +120,6 @@ class RolloutPool(Pool):
     def _sensed(self, world: int) -> Array:
         """What the sensors show at a world's start."""
         model, data = self._models[world] if self._models else self._model, self._data[0]
-        self._mujoco.mj_setState(model, data, self._states[world], self._mujoco.mjtState.mjSTATE_FULLPHYSICS)
+        self._mujoco.mj_setState(model, data, self.states[world], self._mujoco.mjtState.mjSTATE_FULLPHYSICS)
         self._mujoco.mj_forward(model, data)
         return np.array(data.sensordata)

@@ -71,7 +71,7 @@ def test_a_world_that_blows_up_is_lost_and_the_others_go_on(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)  # MuJoCo writes MUJOCO_LOG.TXT here.
     pool = RolloutPool(Hopper(), 3, 1, threads=2)
     pool.start({0: 0, 1: 1, 2: 2})
-    pool._states[1, 1 + pool._model.nq] = np.nan
+    pool.states[1, 1 + pool._model.nq] = np.nan
     chunk = np.zeros((4, 3), np.float32)
     outcomes, lost = pool.run({0: chunk, 1: chunk, 2: chunk})
     assert lost == {1}

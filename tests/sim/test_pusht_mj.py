@@ -75,8 +75,8 @@ def test_the_human_demonstrations_replay_in_it(shared_data):
     starts = starts[long]
     pool = RolloutPool(TASK, len(starts), 1, threads=1)
     pool.start(dict.fromkeys(range(len(starts)), 0))
-    pool._states[:, 1:6] = states(*recorded[starts])
-    pool._states[:, 6:] = 0
+    pool.states[:, 1:6] = states(*recorded[starts])
+    pool.states[:, 6:] = 0
     chunks = {i: actions[start : start + steps] for i, start in enumerate(starts)}
     outcomes, lost = pool.run(chunks)
     assert not lost
