@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flowsteer.policies.spec import ArraySpec
+from flowsteer.sim.actions import ActionCheck
 from flowsteer.sim.errors import SimError
 from flowsteer.sim.isaac_gym import VecTask, destroy
 from flowsteer.sim.spec import TaskSpec
@@ -65,6 +66,7 @@ class IsaacVecEnv(VecEnv):
         self.spec = _spec(task, name)
         self.num_envs, self.observation_steps = task.num_envs, observation_steps
         self.device = torch.device(task.rl_device)
+        self._check = ActionCheck(self.spec, self.num_envs, self.device)
         self._window = torch.zeros(self.num_envs, observation_steps, task.num_obs, device=self.device)
         self._next: Iterator[int] = iter(())
         self._seeds = [IDLE] * self.num_envs
@@ -86,9 +88,10 @@ class IsaacVecEnv(VecEnv):
     def step_chunk(self, actions: Tensor) -> StepResult:
         """See `VecEnv`."""
         seeds = torch.tensor(self._seeds, device=self.device)
-        chunks, lost = self._checked(actions, seeds != IDLE)
-        tally = _Tally(seeds, lost)
-        for action in chunks.unbind(1):
+        checked = self._check(actions, seeds != IDLE)
+        self._check.refuse(bool(checked.hopeless))
+        tally = _Tally(seeds, checked.broken)
+        for action in checked.chunks.unbind(1):
             self._step(action, tally)
         final_obs = self._observation()
         ended = (tally.terminated | tally.truncated | tally.info["lost"]).nonzero()[:, 0].tolist()
@@ -127,23 +130,6 @@ class IsaacVecEnv(VecEnv):
         first = task.obs_buf.clamp(-task.clip_obs, task.clip_obs).to(self.device)
         begun = torch.tensor([i for i in indices if self._seeds[i] != IDLE], dtype=torch.int64, device=self.device)
         self._window[begun] = first[begun][:, None]
-
-    def _checked(self, actions: Tensor, running: Tensor) -> tuple[Tensor, Tensor]:
-        """Actions within the limits, and which environments they cost their episode."""
-        wanted = (self.num_envs, actions.shape[1] if actions.ndim == 3 else 0, self.spec.action_dim)
-        if actions.shape != wanted or actions.shape[1] < 1:
-            raise SimError(
-                f"{self.spec.name}: actions must be [{self.num_envs}, Ta, {self.spec.action_dim}], "
-                f"got {list(actions.shape)}"
-            )
-        chunks = actions.detach().to(self.device, torch.float32)
-        broken = ~chunks.isfinite().all(dim=2).all(dim=1) & running
-        if broken.any() and (broken == running).all():
-            raise SimError(
-                f"{self.spec.name}: no environment got finite actions; "
-                "the policy has diverged or its normaliser is broken"
-            )
-        return chunks.clamp(-1, 1), broken
 
     def _observation(self) -> Observation:
         return {KEY: self._window.clone()}

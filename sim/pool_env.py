@@ -7,10 +7,9 @@ from typing import final
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from flowsteer.sim.errors import SimError
+from flowsteer.sim.actions import ActionCheck
 from flowsteer.sim.pool import Pool
 from flowsteer.sim.slot import OUTCOME
 from flowsteer.sim.spec import TaskSpec
@@ -37,8 +36,7 @@ class PoolVecEnv(VecEnv):
         self.num_envs = num_envs
         self.observation_steps = observation_steps
         self.device = torch.device(device)
-        self._low = np.asarray(spec.action_low, dtype=np.float32)
-        self._high = np.asarray(spec.action_high, dtype=np.float32)
+        self._check = ActionCheck(spec, num_envs, torch.device("cpu"))
         self._pool = pool
         self._next: Iterator[int] = iter(())
         self._seeds = [IDLE] * num_envs
@@ -57,7 +55,9 @@ class PoolVecEnv(VecEnv):
     def step_chunk(self, actions: Tensor) -> StepResult:
         """See `VecEnv`."""
         seeds = np.array(self._seeds, dtype=np.int64)
-        chunks, lost = self._checked(actions)
+        checked = self._check(actions, torch.from_numpy(seeds != IDLE))
+        self._check.refuse(bool(checked.hopeless))
+        chunks, lost = checked.chunks.numpy(), checked.broken.numpy()
         active = np.flatnonzero((seeds != IDLE) & ~lost)
         outcomes = np.zeros(self.num_envs, dtype=OUTCOME)
         outcomes[active], gone = self._pool.run({i: chunks[i] for i in active.tolist()})
@@ -80,25 +80,6 @@ class PoolVecEnv(VecEnv):
         for i in indices:
             self._seeds[i] = next(self._next, IDLE)
         self._pool.start({i: self._seeds[i] for i in indices if self._seeds[i] != IDLE})
-
-    def _checked(self, actions: Tensor) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Actions as float32 within the limits, and which environments they cost their episode."""
-        wanted = (self.num_envs, actions.shape[1] if actions.ndim == 3 else 0, self.spec.action_dim)
-        if actions.shape != wanted or actions.shape[1] < 1:
-            raise SimError(
-                f"{self.spec.name}: actions must be [{self.num_envs}, Ta, {self.spec.action_dim}], "
-                f"got {list(actions.shape)}"
-            )
-        chunks = actions.detach().float().cpu().numpy()
-        running = np.array(self._seeds) != IDLE
-        broken = ~np.isfinite(chunks).all(axis=(1, 2)) & running
-        if broken.any() and (broken == running).all():
-            raise SimError(
-                f"{self.spec.name}: no environment got finite actions; "
-                "the policy has diverged or its normaliser is broken"
-            )
-        clipped: NDArray[np.float32] = np.clip(chunks, self._low, self._high)
-        return clipped, broken
 
     def _observation(self) -> Observation:
         return {key: self._tensor(window.copy()) for key, window in self._pool.windows.items()}
