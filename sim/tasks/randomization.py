@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any, final
 
 import numpy as np
@@ -13,6 +14,8 @@ from flowsteer.sim.errors import SimError, optional_module
 
 STREAM = 1
 """Apart from the random numbers that the start of an episode takes from the same seed."""
+BOUNDED = frozenset({"geom_size", "geom_rbound", "geom_aabb"})
+"""The compiler alone makes bounding volumes fit sizes: contacts outside of them would be missed."""
 
 
 @final
@@ -25,12 +28,15 @@ class Randomization:
             between low and high; as `{"body_mass": (0.8, 1.2), "geom_friction": (0.5, 1.5)}`.
 
     Raises:
-        SimError: a field is not one of the model's floating arrays, or a range is not one.
+        SimError: a field is not one of the model's floating arrays, it follows from others, or a range is not one.
     """
 
     def __init__(self, model: Any, ranges: Mapping[str, Sequence[float]]) -> None:
         self._ranges = {name: _range(name, values) for name, values in ranges.items()}
         self._nominal = {name: _field(model, name).copy() for name in ranges}
+        if ranges:
+            self._mujoco = optional_module("mujoco", "mujoco")
+            self._refuse_computed(model)
 
     def factors(self, seed: int) -> dict[str, NDArray[np.float64]]:
         """{field: [rows]} of the episode `seed`."""
@@ -44,8 +50,19 @@ class Randomization:
         for name, factors in self.factors(seed).items():
             nominal = self._nominal[name]
             getattr(model, name)[:] = nominal * factors.reshape(-1, *(1,) * (nominal.ndim - 1))
+        # The tree of bounding volumes is the compiler's, and misses contacts where a geom or an inertia has moved.
+        model.opt.disableflags |= self._mujoco.mjtDisableBit.mjDSBL_MIDPHASE
         # Inverse masses and the like are computed from what has changed.
-        optional_module("mujoco", "mujoco").mj_setConst(model, data)
+        self._mujoco.mj_setConst(model, data)
+
+    def _refuse_computed(self, model: Any) -> None:
+        probe = copy(model)
+        for name, nominal in self._nominal.items():
+            getattr(probe, name)[:] = 2 * nominal
+        self._mujoco.mj_setConst(probe, self._mujoco.MjData(probe))
+        for name, nominal in self._nominal.items():
+            if not np.array_equal(getattr(probe, name), 2 * nominal):
+                raise SimError(f"randomize.{name} is computed from other fields of the model: scale those")
 
 
 def _range(name: str, values: Sequence[float]) -> tuple[float, float]:
@@ -55,6 +72,10 @@ def _range(name: str, values: Sequence[float]) -> tuple[float, float]:
 
 
 def _field(model: Any, name: str) -> NDArray[np.float64]:
+    if name in BOUNDED:
+        raise SimError(
+            f"randomize.{name} would leave MuJoCo's bounding volumes behind: change sizes in the model's file"
+        )
     field = getattr(model, name, None)
     if isinstance(field, np.ndarray) and field.dtype.kind == "f" and len(field):
         return field

@@ -58,6 +58,14 @@ def test_an_episode_does_not_depend_on_the_world_that_runs_it():
         ({"body_mas": (1, 2)}, "randomize.body_mas is no field of the model that can be scaled; nearest: body_mass"),
         ({"body_parentid": (1, 2)}, "randomize.body_parentid is no field of the model that can be scaled"),
         ({"body_mass": (2, 1)}, r"randomize.body_mass must be two factors, 0 <= low <= high, got \[2, 1\]"),
+        (
+            {"dof_invweight0": (1, 2)},
+            "randomize.dof_invweight0 is computed from other fields of the model: scale those",
+        ),
+        (
+            {"geom_size": (1, 2)},
+            "randomize.geom_size would leave MuJoCo's bounding volumes behind: change sizes in the",
+        ),
         ({"body_mass": (1,)}, r"randomize.body_mass must be two factors, 0 <= low <= high, got \[1\]"),
     ],
 )
@@ -74,3 +82,22 @@ def test_a_task_with_sensors_starts_with_those_of_its_own_world():
     seen = env.reset(2)
     for key, window in pool.windows.items():
         np.testing.assert_allclose(window[1, 0], seen[key], atol=1e-6)
+
+
+def beam(x, y):
+    """Three boxes in a row: at (-x, -y), in the middle and at (x, y)."""
+    return "".join(f'<geom type="box" size=".1 .1 .1" pos="{side * x} {side * y} 0"/>' for side in (-1, 0, 1))
+
+
+def test_geoms_that_were_moved_still_collide():
+    model = mujoco.MjModel.from_xml_string(
+        f"""<mujoco><worldbody>
+        <body>{beam(0.3, 0)}</body>
+        <body pos="1.2 0 .15"><freejoint/>{beam(0, 0.3)}</body>
+        </worldbody></mujoco>"""
+    )
+    data = mujoco.MjData(model)
+    # An outer box of the first beam comes to 1.2 m, below the middle box of the second.
+    Randomization(model, {"geom_pos": (4, 4)}).apply(model, data, 0)
+    mujoco.mj_forward(model, data)
+    assert data.ncon == 4
