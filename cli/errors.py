@@ -25,9 +25,10 @@ def _user_errors() -> tuple[type[Exception], ...]:
     # Imported when something has gone wrong, since importing a room takes longer than `flowsteer --help` may.
     from flowsteer.datasets.errors import DataError
     from flowsteer.policies.errors import PolicyError
+    from flowsteer.rl_finetune.errors import FinetuneError
     from flowsteer.sim.errors import SimError
 
-    return DataError, PolicyError, SimError, OSError
+    return DataError, PolicyError, SimError, FinetuneError, OSError
 
 
 def one_line(error: BaseException) -> str:

@@ -1,9 +1,10 @@
-"""`flowsteer train resume=DIR ...`: the config of a run, with further options on top."""
+"""`resume=DIR ...`: the config of a run, with further options on top."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -13,11 +14,8 @@ from flowsteer.cli.errors import UsageError, nearest, one_line
 from flowsteer.cli.files import absolute
 from flowsteer.cli.refusals import is_node, options, parse, wrong_type
 from flowsteer.cli.training import CONFIG
-from flowsteer.configs.train import TrainConfig
 
 RESUME = "resume"
-PATHS = ("dataset",)
-"""Options of a run that name files."""
 
 
 def resumed_run(args: Sequence[str]) -> Path | None:
@@ -26,25 +24,31 @@ def resumed_run(args: Sequence[str]) -> Path | None:
     return Path(given[-1]).expanduser().absolute() if given and given[-1] not in ("", "null") else None
 
 
-def resumed_config(folder: Path, args: Sequence[str]) -> DictConfig:
+def resumed_config(schema: Any, paths: Sequence[str], folder: Path, args: Sequence[str]) -> DictConfig:
     """The stored config of the run in `folder` with the other `args` applied.
+
+    Args:
+        schema: the typed config of such runs.
+        paths: its options that name files.
+        folder: the run.
+        args: of the command line.
 
     Raises:
         UsageError: no run there, an unreadable config, an unknown option, a wrong type, or a sweep.
     """
-    config = _stored(folder)
+    config = _stored(schema, folder)
     for arg in args:
         if arg.startswith("out="):
             raise UsageError(f"'{arg}' cannot go with resume=: a run goes on where it is; copy the folder first")
         if not arg.startswith(f"{RESUME}="):
-            _override(config, arg)
+            _override(config, arg, paths)
     return config
 
 
-def _stored(folder: Path) -> DictConfig:
+def _stored(schema: Any, folder: Path) -> DictConfig:
     file = folder / CONFIG
     try:
-        config = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(file))
+        config = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(file))
     except FileNotFoundError:
         raise UsageError(f"resume={folder} holds no run ({CONFIG} is missing): name a folder made with out=") from None
     except (OSError, ValueError, AssertionError, yaml.YAMLError, OmegaConfBaseException) as error:
@@ -56,7 +60,7 @@ def _stored(folder: Path) -> DictConfig:
     return config
 
 
-def _override(config: DictConfig, arg: str) -> None:
+def _override(config: DictConfig, arg: str, paths: Sequence[str]) -> None:
     if arg.startswith("-") or "=" not in arg:
         raise UsageError(f"'{arg}' cannot go with resume=; only option=value can")
     (override,) = parse([arg])
@@ -72,5 +76,5 @@ def _override(config: DictConfig, arg: str) -> None:
         OmegaConf.update(config, key, override.value())
     except OmegaConfBaseException as error:
         raise UsageError(wrong_type(error)) from None
-    if key in PATHS and config[key] is not None:
+    if key in paths and config[key] is not None:
         config[key] = absolute(config[key], Path.cwd())

@@ -11,10 +11,13 @@ from omegaconf import DictConfig
 from flowsteer.cli.application import Application, timestamp
 from flowsteer.cli.errors import UsageError
 from flowsteer.cli.refusals import Composed
-from flowsteer.cli.resume import PATHS, resumed_config, resumed_run
+from flowsteer.cli.resume import resumed_config, resumed_run
 from flowsteer.cli.training import CONFIG, is_main_process, train_policy
 from flowsteer.configs.groups import register
 from flowsteer.configs.train import TrainConfig
+
+PATHS = ("dataset",)
+"""Options that name files."""
 
 
 def run(config: DictConfig, folder: Path) -> float:
@@ -60,5 +63,5 @@ def main(args: Sequence[str] | None = None) -> int:
     folder = resumed_run(args)
     if folder is None:
         return application(args)
-    train(resumed_config(folder, args), folder)
+    train(resumed_config(TrainConfig, PATHS, folder, args), folder)
     return 0

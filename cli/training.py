@@ -17,26 +17,22 @@ from flowsteer.cli.checks import check_not_negative, check_positive, check_seeds
 from flowsteer.cli.demonstrations import Demonstrations, load_demonstrations, make_task, with_mirror_images
 from flowsteer.cli.devices import find_processes
 from flowsteer.cli.errors import UsageError
+from flowsteer.cli.judging import Evaluate, make_evaluation
 from flowsteer.cli.run_log import RunLog, Silent
-from flowsteer.cli.simulation import judge, make_environments
 from flowsteer.datasets.batches import Batches, epoch_batches
 from flowsteer.datasets.key_statistics import statistics
 from flowsteer.datasets.replay_buffer import ACTION
 from flowsteer.datasets.splits import Mask, split_episodes
 from flowsteer.datasets.windows import Batch, Windows
 from flowsteer.policies.build import build
-from flowsteer.policies.cloning import Cloning, Evaluate
+from flowsteer.policies.cloning import Cloning
 from flowsteer.policies.cloning_config import CloningConfig
 from flowsteer.policies.policy import Policy
 from flowsteer.policies.random_state import seed_everything
-from flowsteer.sim.evaluate import Evaluation
 from flowsteer.sim.files import replacing
-from flowsteer.sim.results import write_evaluation
 from flowsteer.sim.tasks.base import Task
 
 CONFIG = "config.yaml"
-RETURN_WEIGHT = 1e-6
-"""The best checkpoint has the highest success; the return only breaks ties."""
 
 
 @final
@@ -71,17 +67,17 @@ def train_policy(config: DictConfig, folder: Path) -> Outcome:
     accelerator = find_processes(config.device)
     task = make_task(config)
     with ExitStack() as stack:
-        _check_links(folder)
-        evaluate = _evaluation(config, task, folder, accelerator, stack) if config.train.evaluate_every else None
+        check_links(folder)
+        evaluate = _evaluate(config, task, folder, accelerator, stack)
         cloning, validation = _cloning(config, task, folder, accelerator, stack)
         if (folder / "last").exists():
             cloning.resume(folder)
-        log = _log(config, folder, cloning, stack)
+        log = open_log(config, folder, config.train.steps, cloning.progress.step, accelerator, stack)
         finished = cloning.train(log, validation=validation, evaluate=evaluate)
     return Outcome(finished, cloning.progress.step, cloning.progress.best_score)
 
 
-def _check_links(folder: Path) -> None:
+def check_links(folder: Path) -> None:
     """Refuse a run whose links a copy or a synchroniser has dropped: starting over would delete its checkpoints."""
     checkpoints = folder / "checkpoints"
     kept = sorted(path.name for path in checkpoints.glob("[0-9]*")) if checkpoints.is_dir() else []
@@ -116,7 +112,7 @@ def _cloning(
         seed=config.seed,
         accelerator=accelerator,
         folder=folder,
-        describe={**_plain(config), "spec": spec.to_dict()},
+        describe={**plain(config), "spec": spec.to_dict()},
     )
     validation = Validation(_windows(demonstrations, val), options.batch_size) if val.any() else None
     return cloning, validation
@@ -173,55 +169,33 @@ class Validation:
         return epoch_batches(self.windows, self.batch_size)
 
 
-def _evaluation(
+def _evaluate(
     config: DictConfig, task: Task | None, folder: Path, accelerator: Accelerator, stack: ExitStack
 ) -> Evaluate | None:
-    """Evaluation in simulation; the environments are made now, so that a missing package shows before training.
-
-    None on the processes beside the main one, which only wait for it.
-    """
-    options = config.eval
+    if not config.train.evaluate_every:
+        return None
     if task is None:
         raise UsageError("there is nothing to evaluate in: choose a task or set train.evaluate_every=0")
+    return make_evaluation(config, task, config.horizon.observation_steps, folder, accelerator, stack)
+
+
+def open_log(
+    config: DictConfig, folder: Path, steps: int, start: int, accelerator: Accelerator, stack: ExitStack
+) -> RunLog | Silent:
+    """On the main process, the run's log from `start` to `steps`; the run's config is on disk from here on."""
     if not accelerator.is_main_process:
-        return None
-    env = make_environments(task, config.sim, options.episodes, config.horizon.observation_steps, accelerator.device)
-    stack.callback(env.close)
-
-    protocol = {"episodes": options.episodes, "seed": options.seed, "delay_steps": options.delay_steps}
-
-    def evaluate(policy: Policy, step: int) -> tuple[dict[str, float], float]:
-        result = judge(policy, env, f"judging step {step}", **protocol)
-        write_evaluation(result, folder / "evaluations" / f"{step:08d}", task, options.videos)
-        return numbers(result), result.success.mean + RETURN_WEIGHT * result.reward_sum.mean
-
-    return evaluate
-
-
-def numbers(result: Evaluation) -> dict[str, float]:
-    """Means with their intervals, as they are logged."""
-    named = {"success": result.success, "max_reward": result.max_reward, "return": result.reward_sum}
-    return {
-        f"eval/{name}{suffix}": value
-        for name, interval in named.items()
-        for suffix, value in zip(("", "_low", "_high"), interval, strict=True)
-    }
-
-
-def _log(config: DictConfig, folder: Path, cloning: Cloning, stack: ExitStack) -> RunLog | Silent:
-    """On the main process, the run's log; the run's config is on disk from here on."""
-    if not cloning.accelerator.is_main_process:
         return Silent()
     folder.mkdir(parents=True, exist_ok=True)
     wandb = None
     if config.log.wandb:
-        wandb = {"project": config.log.project, "name": config.log.name or folder.name, "config": _plain(config)}
-    log = stack.enter_context(RunLog(folder, config.train.steps, start=cloning.progress.step, wandb=wandb))
+        wandb = {"project": config.log.project, "name": config.log.name or folder.name, "config": plain(config)}
+    log = stack.enter_context(RunLog(folder, steps, start=start, wandb=wandb))
     with replacing(folder / CONFIG) as temporary:
         OmegaConf.save(config, temporary)
     return log
 
 
-def _plain(config: DictConfig) -> dict[str, Any]:
-    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    return plain
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The config as dicts and lists."""
+    values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    return values

@@ -6,6 +6,7 @@ below; so is a new encoder, policy family or task.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -31,19 +32,19 @@ from flowsteer.sim.tasks.pusht_mj import PushTMujoco
 from flowsteer.sim.tasks.robosuite import Can, Lift, Square, task_from_env_args
 
 
-def _later(target: Any, **fixed: Any) -> Any:
+def later(target: Any, **fixed: Any) -> Any:
     """A config of everything in the constructor that has a default; the rest is given when it is built."""
     return builds(target, populate_full_signature=True, zen_partial=True, **fixed)
 
 
 def _multi_modal(backbone: Any, **fixed: Any) -> Any:
     """Images through `backbone`, point clouds and vectors each in their way."""
-    parts = {"images": _later(Cameras, backbone=backbone), "points": _later(PointCloud), "state": _later(LowDim)}
-    return _later(MultiModal, **parts, **fixed)
+    parts = {"images": later(Cameras, backbone=backbone), "points": later(PointCloud), "state": later(LowDim)}
+    return later(MultiModal, **parts, **fixed)
 
 
-def _policy(target: Any, *defaults: Any, **fixed: Any) -> dict[str, Any]:
-    """A policy family without its spec, which comes from the data; `defaults` choose from other groups."""
+def policy_choice(target: Any, *defaults: Any, **fixed: Any) -> dict[str, Any]:
+    """A policy family without its spec, which comes from the data or the task; `defaults` choose from other groups."""
     config = builds(target, populate_full_signature=True, zen_exclude=("spec",), **fixed)
     return {"defaults": ["_self_", *defaults], "policy": config}
 
@@ -56,22 +57,22 @@ def _task(target: Any, *defaults: Any, horizon: tuple[int, int, int] = (2, 16, 8
 
 
 NETWORKS: dict[str, Any] = {
-    "mlp": _later(ResidualMLP),
-    "unet": _later(ConditionalUnet1d),
-    "transformer": _later(DiffusionTransformer),
+    "mlp": later(ResidualMLP),
+    "unet": later(ConditionalUnet1d),
+    "transformer": later(DiffusionTransformer),
 }
 
 ENCODERS: dict[str, Any] = {
-    "low_dim": _later(LowDim),
-    "image": _multi_modal(_later(ResNet18)),
-    "image_vit": _multi_modal(_later(SmallViT)),
-    "point_cloud": _multi_modal(_later(ResNet18), point_keys=["point_cloud"]),
+    "low_dim": later(LowDim),
+    "image": _multi_modal(later(ResNet18)),
+    "image_vit": _multi_modal(later(SmallViT)),
+    "point_cloud": _multi_modal(later(ResNet18), point_keys=["point_cloud"]),
 }
 
 POLICIES: dict[str, Any] = {
-    "diffusion": _policy(DiffusionPolicy, network=MISSING, encoder=MISSING),
-    "flow": _policy(FlowPolicy, network=MISSING, encoder=MISSING),
-    "gaussian": _policy(GaussianPolicy, {"override /network": None}, encoder=MISSING),
+    "diffusion": policy_choice(DiffusionPolicy, network=MISSING, encoder=MISSING),
+    "flow": policy_choice(FlowPolicy, network=MISSING, encoder=MISSING),
+    "gaussian": policy_choice(GaussianPolicy, {"override /network": None}, encoder=MISSING),
 }
 
 IMAGE = {"override /encoder": "image"}
@@ -115,7 +116,12 @@ GROUPS: dict[str, tuple[dict[str, Any], str]] = {
 
 def register() -> None:
     """Tell Hydra."""
-    store = ConfigStore.instance()
-    for group, (choices, package) in GROUPS.items():
+    store(GROUPS)
+
+
+def store(groups: Mapping[str, tuple[Mapping[str, Any], str]]) -> None:
+    """Tell Hydra of some groups."""
+    known = ConfigStore.instance()
+    for group, (choices, package) in groups.items():
         for name, config in choices.items():
-            store.store(group=group, name=name, node=config, package=package)
+            known.store(group=group, name=name, node=config, package=package)

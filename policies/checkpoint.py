@@ -75,6 +75,14 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def keep(run: Path, step_folder: Path, best: bool) -> None:
+    """Make a checkpoint the run's last one, and the best if it is; drop those that no link names any more."""
+    # In this order: a kill in between goes back to the older state, which will find its best again.
+    for name in ("best", "last") if best else ("last",):
+        link(run, name, step_folder)
+    prune(run)
+
+
 def link(run: Path, name: str, step_folder: Path) -> None:
     """Point `run/name` at a checkpoint below `run`, atomically."""
     temporary = run / f".{name}.{uuid.uuid4().hex[:8]}"

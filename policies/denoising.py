@@ -12,7 +12,7 @@ from torch import Tensor
 from flowsteer.policies.choices import pick
 from flowsteer.policies.encoders.base import EncoderFactory
 from flowsteer.policies.errors import PolicyError
-from flowsteer.policies.networks.base import Features, Network
+from flowsteer.policies.networks.base import Features, NetworkFactory
 from flowsteer.policies.paths import (
     TARGET,
     TO_CLEAN,
@@ -23,11 +23,8 @@ from flowsteer.policies.paths import (
     linear_betas,
 )
 from flowsteer.policies.policy import ACTION, Draws, Loss, Policy
-from flowsteer.policies.samplers import Denoise, Generators, Sampler, dpm_solver_2m, heun, randn, sample, uniform_grid
+from flowsteer.policies.samplers import Generators, Sampler, dpm_solver_2m, heun, randn, sample, uniform_grid
 from flowsteer.policies.spec import PolicySpec
-
-NetworkFactory = Callable[[int, int, int, int], Network]
-"""Da, Tp, To, F -> network."""
 
 SOLVERS: dict[str, Sampler] = {"transition": sample, "heun": heun, "dpm_solver_2m": dpm_solver_2m}
 BETAS: dict[str, Callable[[int], Tensor]] = {"cosine": cosine_betas, "linear": linear_betas}
@@ -127,20 +124,29 @@ class DenoisingPolicy(Policy, ABC):
         return self._a_hat(x_t, t, self.network.embed_time(t), cond)
 
     @final
-    def denoise_on(self, grid: Tensor, cond: Features) -> Denoise:
-        """`denoise` at the times of a grid by index; all that depends on time alone is computed here, once."""
+    def denoise_on(self, grid: Tensor, cond: Features) -> Callable[[Tensor, int | Tensor], Tensor]:
+        """`denoise` at the times of a grid by index, one for all rows or one each [B].
+
+        All that depends on time alone is computed here, once.
+        """
         embedded = self.network.embed_time(grid[:-1])
 
-        def denoise(x_t: Tensor, k: int) -> Tensor:
-            return self._a_hat(x_t, grid[k], tuple(f[k : k + 1] for f in embedded), cond)
+        def denoise(x_t: Tensor, k: int | Tensor) -> Tensor:
+            time = tuple(f[k] if isinstance(k, Tensor) else f[k : k + 1] for f in embedded)
+            return self._a_hat(x_t, grid[k], time, cond)
 
         return denoise
 
     @final
+    def denoising_error(self, a: Tensor, cond: Features, t: Tensor, eps: Tensor) -> Tensor:
+        """The network's prediction minus its target, elementwise [B, Tp, Da]; `a` normalised, t [B]."""
+        out: Tensor = self.network(self.path.noisy(a, eps, t), self.network.embed_time(t), cond)
+        return out.float() - self.target(self.path, a, eps, t)
+
+    @final
     def denoising_loss(self, a: Tensor, cond: Features, t: Tensor, eps: Tensor) -> Tensor:
         """Squared error of the network's prediction per sample [B], mean over the chunk; `a` normalised [B, Tp, Da]."""
-        out: Tensor = self.network(self.path.noisy(a, eps, t), self.network.embed_time(t), cond)
-        return (out.float() - self.target(self.path, a, eps, t)).square().mean(dim=(1, 2))
+        return self.denoising_error(a, cond, t, eps).square().mean(dim=(1, 2))
 
     @final
     def draw(self, batch_size: int, generator: torch.Generator | None = None) -> Draws:

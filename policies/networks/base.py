@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -62,3 +63,7 @@ class Network(nn.Module, ABC):
     @abstractmethod
     def forward(self, x: Tensor, time: Features, observation: Features) -> Tensor:
         """Noisy chunks x [B, Tp, Da] -> prediction [B, Tp, Da]; `time` is of B times or of one that all rows share."""
+
+
+NetworkFactory = Callable[[int, int, int, int], Network]
+"""Da, Tp, To, F -> network."""

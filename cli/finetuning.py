@@ -1,0 +1,151 @@
+"""A fine-tuning run, composed from the rooms: a policy, a task, an algorithm, the loop, evaluation."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+from accelerate import Accelerator
+from omegaconf import DictConfig
+
+from flowsteer.cli.checks import check_not_negative, check_positive, check_seeds
+from flowsteer.cli.devices import find_processes
+from flowsteer.cli.errors import UsageError
+from flowsteer.cli.judging import make_evaluation
+from flowsteer.cli.simulation import find_task, make_environments
+from flowsteer.cli.training import Outcome, check_links, open_log, plain
+from flowsteer.policies.build import build
+from flowsteer.policies.checkpoint import build_policy, load_policy, read_config
+from flowsteer.policies.policy import Policy
+from flowsteer.policies.random_state import seed_everything
+from flowsteer.policies.spec import PolicySpec
+from flowsteer.rl_finetune.algorithm import Algorithm
+from flowsteer.rl_finetune.critic import Critic
+from flowsteer.rl_finetune.on_policy import FIRST_SEED, OnPolicy
+from flowsteer.rl_finetune.statistics import fit_to_random_actions
+from flowsteer.sim.tasks.base import Task
+from flowsteer.sim.vec_env import VecEnv
+
+CLONED = "cloned_policy"
+"""In a checkpoint: the "policy" that fine-tuning started from, as opposed to what it made of it."""
+TARGET = "_target_"
+
+
+@final
+@dataclass(frozen=True)
+class Start:
+    """What is fine-tuned: a policy, the config that rebuilds it, and its task."""
+
+    policy: Policy
+    config: dict[str, Any]
+    task: Task
+    task_config: dict[str, Any]
+
+
+def finetune_policy(config: DictConfig, folder: Path) -> Outcome:
+    """Run or go on with the run in `folder`, which then holds checkpoints, metrics, plots and videos.
+
+    Args:
+        config: resolved, see `flowsteer.configs.finetune.FinetuneConfig`.
+        folder: made if it does not exist.
+
+    Raises:
+        UsageError, PolicyError, SimError, FinetuneError: bad input, or the run cannot go on.
+    """
+    check_seeds(config, "seed", "eval.seed")
+    check_positive(config, "eval.episodes")
+    check_not_negative(config, "eval.videos", "eval.delay_steps")
+    seed_everything(config.seed)
+    accelerator = find_processes(config.device)
+    check_links(folder)
+    resumed = (folder / "last").exists()
+    with ExitStack() as stack:
+        start = _resumed(folder) if resumed else _from_nothing(config) if config.checkpoint is None else _cloned(config)
+        evaluate = None
+        if config.train.evaluate_every:
+            evaluate = make_evaluation(
+                config, start.task, start.policy.spec.observation_steps, folder, accelerator, stack
+            )
+        env = _environments(config, start, accelerator, stack)
+        if config.checkpoint is None and not resumed:
+            fit_to_random_actions(start.policy, env, FIRST_SEED - env.num_envs)
+        loop = _loop(config, start, env, folder, accelerator)
+        if resumed:
+            loop.resume(folder)
+        progress = loop.progress
+        log = open_log(config, folder, config.train.env_steps, progress.env_steps, accelerator, stack)
+        finished = loop.train(log, evaluate)
+    return Outcome(finished, progress.env_steps, progress.best_score or 0.0)
+
+
+def _cloned(config: DictConfig) -> Start:
+    """The policy and the task of a checkpoint."""
+    for group in ("policy", "task"):
+        if config[group] is not None:
+            raise UsageError(
+                f"checkpoint= brings its own {group}: leave {group}= out, "
+                "or leave checkpoint= out to learn from nothing"
+            )
+    checkpoint = Path(config.checkpoint)
+    stored = read_config(checkpoint)
+    return Start(load_policy(checkpoint), stored["policy"], find_task(None, stored), stored["task"])
+
+
+def _from_nothing(config: DictConfig) -> Start:
+    """An untrained policy for a task."""
+    if config.task is None or config.policy is None or TARGET not in config.policy:
+        raise UsageError(
+            "checkpoint= is missing: name a run folder of flowsteer train, "
+            "or learn from nothing with task=NAME and policy=NAME"
+        )
+    task: Task = build(config.task)
+    spec = task.spec
+    policy_spec = PolicySpec(dict(spec.observations), spec.action_dim, control_hz=spec.control_hz, **config.horizon)
+    described = plain(config)
+    return Start(build(config.policy, spec=policy_spec), described["policy"], task, described["task"])
+
+
+def _resumed(folder: Path) -> Start:
+    """What the run started from; its weights come with the state of the loop."""
+    stored = read_config(folder)
+    if CLONED not in stored:
+        raise UsageError(f"{folder} is not a run of flowsteer finetune: go on with flowsteer train resume={folder}")
+    policy = build_policy({**stored, "policy": stored[CLONED]})
+    return Start(policy, stored[CLONED], find_task(None, stored), stored["task"])
+
+
+def _environments(config: DictConfig, start: Start, accelerator: Accelerator, stack: ExitStack) -> VecEnv:
+    """Environments to learn in, whose reward may be another than the one that evaluation reports."""
+    task: Task = build({**start.task_config, **start.task.training_options})
+    env = make_environments(
+        task, config.sim, config.train.env_steps, start.policy.spec.observation_steps, accelerator.device
+    )
+    stack.callback(env.close)
+    start.policy.spec.check(env.spec.observations, env.spec.action_dim, env.spec.control_hz, f"task '{env.spec.name}'")
+    return env
+
+
+def _loop(config: DictConfig, start: Start, env: VecEnv, folder: Path, accelerator: Accelerator) -> OnPolicy:
+    spec, policy = start.policy.spec, start.policy
+    algorithm: Algorithm = build(config.algo, policy=policy)
+    critic: Critic = build(config.critic)(spec.observation_steps * policy.encoder.feature_dim)
+    describe = {
+        "task": start.task_config,
+        "horizon": plain(config)["horizon"],
+        "policy": algorithm.describe(start.config),
+        "spec": spec.to_dict(),
+        CLONED: start.config,
+        "finetune": plain(config),
+    }
+    return OnPolicy(
+        algorithm,
+        critic,
+        env,
+        build(config.train),
+        seed=config.seed,
+        accelerator=accelerator,
+        folder=folder,
+        describe=describe,
+    )

@@ -1,0 +1,83 @@
+"""The contract of on-policy algorithms: how a policy explores, and what an update descends."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from flowsteer.policies.policy import Observation, Policy
+from flowsteer.policies.spec import configurable
+
+Memory = dict[str, Tensor]
+"""What an algorithm remembers of its decisions, tensors [B, ...]."""
+
+
+class Explored(NamedTuple):
+    """Chunks to execute, in physical units [B, Ta, Da], and what their update will need."""
+
+    actions: Tensor
+    memory: Memory
+
+
+class Step(NamedTuple):
+    """Rows of an update.
+
+    loss: scalar to descend.
+    log_ratio: [R], new over old probability (or what stands for it), detached.
+    clipped: [R] bool, the rows whose ratio has left the trust region.
+    parts: scalars for the log, detached.
+    """
+
+    loss: Tensor
+    log_ratio: Tensor
+    clipped: Tensor
+    parts: dict[str, Tensor]
+
+
+@configurable
+class Algorithm(nn.Module, ABC):
+    """Improves a policy from its own decisions.
+
+    Concrete algorithms are final. A decision gives `rows` rows of an update, row k of each being e.g. one of its
+    fine-tuned denoising steps.
+
+    Args:
+        policy: the cloned policy; its weights are the ones that learn.
+        train_encoder: whether its encoder learns as well.
+    """
+
+    rows: int = 1
+
+    def __init__(self, policy: Policy, train_encoder: bool) -> None:
+        super().__init__()
+        self.policy, self.train_encoder = policy, train_encoder
+        policy.encoder.requires_grad_(train_encoder)
+        self.progress = 0.0
+        """Share of the training that is done; the loop sets it between iterations."""
+
+    @abstractmethod
+    def explore(self, obs: Observation, generator: torch.Generator) -> Explored:
+        """Sample a chunk for each of the observations {key: [B, To, ...]}, with noise to learn from."""
+
+    @abstractmethod
+    def step(self, features: Tensor, memory: Memory, decision: Tensor, row: Tensor, advantage: Tensor) -> Step:
+        """What to descend for some rows.
+
+        Args:
+            features: encoded observations [D, To, F] of some decisions.
+            memory: of the same decisions, [D, ...].
+            decision: [R], which of the D decisions each row belongs to.
+            row: [R], which of its rows it is, in [0, rows).
+            advantage: [R].
+        """
+
+    @abstractmethod
+    def acting(self) -> Policy:
+        """The policy that is judged, saved and deployed; it shares the weights that learn where it can."""
+
+    @abstractmethod
+    def describe(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The "policy" part of a checkpoint that rebuilds `acting()`, from that of the cloned policy."""

@@ -1,0 +1,203 @@
+"""DPPO: Diffusion Policy Policy Optimization (Ren et al. 2024), on the one transition of the project.
+
+Denoising is a decision process inside the task's: each of the last K' of K denoising steps is an action with a
+Gaussian log-probability, and all of them share the advantage of the chunk that they lead to. With eta > 0 every
+path has Gaussian steps, so diffusion (DDPM, DDIM) and flow policies are fine-tuned by the same lines.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from flowsteer.policies.choices import pick
+from flowsteer.policies.denoising import DenoisingPolicy
+from flowsteer.policies.networks.base import Features
+from flowsteer.policies.networks.staged import StagedNetwork
+from flowsteer.policies.policy import ACTION, Observation, Policy
+from flowsteer.policies.samplers import Gaussian, randn, transition, uniform_grid
+from flowsteer.rl_finetune.algorithm import Algorithm, Explored, Memory, Step
+from flowsteer.rl_finetune.errors import FinetuneError
+from flowsteer.rl_finetune.exploration import Exploration
+from flowsteer.rl_finetune.trust_region import REDUCTIONS, SURROGATES, clip_schedule
+
+
+@final
+class DPPO(Algorithm):
+    """PPO on the last K' denoising steps.
+
+    Args:
+        policy: a diffusion or flow policy; the copy of it that serves the earlier steps stays as it is.
+        exploration: builds the noise from K', To * F and Da.
+        steps: K, denoising steps; the policy's own where not given.
+        fine_tuned_steps: K', at most K.
+        eta: noise of the transitions, in (0, 1]; the tuned policy is judged and deployed with it too.
+        clip_first: clip range of the ratio at the noisiest fine-tuned step.
+        clip_last: at the last one; in between it grows exponentially.
+        denoising_discount: of the advantage, per denoising step before the last.
+        reduction: of the log-probability over the executed steps and action dimensions: "mean", "sum" or "sqrt". The
+            clip ranges are for the one that is chosen: a mean over 16 numbers moves 16 times less than their sum.
+        surrogate: "ppo" or "aspo".
+        noise_limit: sampled noise is clamped to so many deviations.
+        normalize_ratio: GRPO-Guard's ratio (arXiv 2510.22319), which takes out of the log-ratio its mean and the size
+            of the step's noise.
+        anchor: weight of KL(tuned || cloned) of each transition, which keeps the policy near its demonstrations.
+        train_encoder: train the encoder of observations too; only with K' = K, since the cloned network keeps its own.
+
+    Raises:
+        FinetuneError: the policy has no `denoise`, or an option is out of its range.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        exploration: Callable[[int, int, int], Exploration],
+        steps: int | None = None,
+        fine_tuned_steps: int = 10,
+        eta: float = 1.0,
+        clip_first: float = 0.001,
+        clip_last: float = 0.01,
+        denoising_discount: float = 0.99,
+        reduction: str = "mean",
+        surrogate: str = "ppo",
+        noise_limit: float = 3.0,
+        normalize_ratio: bool = False,
+        anchor: float = 0.0,
+        train_encoder: bool = False,
+    ) -> None:
+        super().__init__(policy, train_encoder)
+        if not isinstance(policy, DenoisingPolicy):
+            raise FinetuneError(
+                f"algo=dppo needs a policy that denoises, not a {type(policy).__name__}: fine-tune it with algo=ppo"
+            )
+        if not 0 < eta <= 1:
+            raise FinetuneError(f"algo.eta must be in (0, 1], got {eta:g}: without noise there is no log-probability")
+        self.cloned, self.tuned = copy.deepcopy(policy).requires_grad_(False), policy
+        if steps is not None:
+            policy.register_buffer("grid", uniform_grid(steps, policy.grid[0].item()), persistent=False)
+        self.steps, self.rows, self.eta = len(policy.grid) - 1, fine_tuned_steps, eta
+        self.first = self.steps - self.rows
+        if not 1 <= self.rows <= self.steps:
+            raise FinetuneError(f"algo.fine_tuned_steps must be from 1 to the {self.steps} denoising steps")
+        if train_encoder and self.first:
+            raise FinetuneError(
+                f"algo.train_encoder=true needs algo.fine_tuned_steps={self.steps}: "
+                "the earlier steps' network knows only the encoder that it was cloned with"
+            )
+        spec = policy.spec
+        self.exploration = exploration(self.rows, spec.observation_steps * policy.encoder.feature_dim, spec.action_dim)
+        self.reduce, self.surrogate = pick(REDUCTIONS, reduction, "reduction"), pick(SURROGATES, surrogate, "surrogate")
+        self.register_buffer("clip", clip_schedule(clip_first, clip_last, self.rows))
+        self.register_buffer("discount", denoising_discount ** torch.arange(self.rows - 1, -1, -1))
+        self.noise_limit, self.normalize_ratio, self.anchor = noise_limit, normalize_ratio, anchor
+
+    clip: Tensor
+    discount: Tensor
+
+    @torch.no_grad()
+    def explore(self, obs: Observation, generator: torch.Generator) -> Explored:
+        """Run the chain; remembers x of the K' + 1 times, and mean and log-probability of the K' steps."""
+        policy, spec = self.tuned, self.tuned.spec
+        features = policy.features(obs)
+        x = randn((len(features), spec.prediction_steps, spec.action_dim), generator, features.device)
+        x = self._earlier_steps(x, generator, obs)
+        denoise = policy.denoise_on(policy.grid, policy.network.embed_observation(features))
+        chain, means, log_probs = [x], [], []
+        for i in range(self.rows):
+            row = torch.full((len(x),), i, device=x.device)
+            gaussian = self._transition(denoise(x, self.first + i), x, row, features)
+            noise = randn(x.shape, generator, x.device).clamp(-self.noise_limit, self.noise_limit)
+            x = gaussian.mean + gaussian.std * noise
+            chain.append(x)
+            means.append(gaussian.mean)
+            log_probs.append(self._log_prob(gaussian, x))
+        actions = policy.normalizer.unnormalize(ACTION, x)[:, spec.executed]
+        memory = {"chain": torch.stack(chain, 1), "mean": torch.stack(means, 1), "log_prob": torch.stack(log_probs, 1)}
+        return Explored(actions, memory)
+
+    def step(self, features: Tensor, memory: Memory, decision: Tensor, row: Tensor, advantage: Tensor) -> Step:
+        """PPO's surrogate of the transitions (decision, row)."""
+        policy = self.tuned
+        x_t, x_s = memory["chain"][decision, row], memory["chain"][decision, row + 1]
+        cond = _take(policy.network.embed_observation(features), decision)
+        a_hat = policy.denoise_on(policy.grid, cond)(x_t, self.first + row)
+        gaussian = self._transition(a_hat, x_t, row, features[decision])
+        log_ratio = self._log_prob(gaussian, x_s) - memory["log_prob"][decision, row]
+        if self.normalize_ratio:
+            log_ratio = self._guarded(log_ratio, gaussian, memory["mean"][decision, row])
+        clip = self.clip[row]
+        loss = self.surrogate(log_ratio, advantage * self.discount[row], clip).mean()
+        parts = {"noise_std": gaussian.std.mean().detach()}
+        if self.anchor:
+            parts["anchor"] = self._divergence(gaussian, features, decision, x_t, row)
+            loss = loss + self.anchor * parts["anchor"]
+        detached = log_ratio.detach()
+        return Step(loss, detached, (detached.exp() - 1).abs() > clip, {k: v.detach() for k, v in parts.items()})
+
+    def acting(self) -> Policy:
+        """The cloned network for the first K - K' steps, the tuned one for the others."""
+        acting = copy.copy(self.tuned)
+        acting._modules = dict(self.tuned._modules)
+        acting.eta = self.eta
+        if self.first:
+            acting.network = StagedNetwork.of(self.cloned.network, self.tuned.network, self._switch())
+        return acting
+
+    def describe(self, config: dict[str, Any]) -> dict[str, Any]:
+        """See `Algorithm`."""
+        described = {**config, "steps": self.steps, "eta": self.eta, "solver": "transition"}
+        if self.first:
+            staged = f"{StagedNetwork.__module__}.{StagedNetwork.__qualname__}"
+            network = {"_target_": staged, "_partial_": True, "network": config["network"], "switch": self._switch()}
+            described["network"] = network
+        return described
+
+    def _switch(self) -> float:
+        """A time between the last step of the cloned network and the first of the tuned one."""
+        return self.tuned.grid[self.first - 1 : self.first + 1].mean().item()
+
+    def _earlier_steps(self, x: Tensor, generator: torch.Generator, obs: Observation) -> Tensor:
+        """The first K - K' steps, of the cloned policy alone."""
+        if not self.first:
+            return x
+        policy = self.cloned
+        grid = self.tuned.grid[: self.first + 1]
+        denoise = policy.denoise_on(grid, policy.encode(obs))
+        for k in range(self.first):
+            gaussian = transition(policy.path, x, denoise(x, k), grid[k], grid[k + 1], self.eta)
+            x = gaussian.mean + gaussian.std * randn(x.shape, generator, x.device)
+        return x
+
+    def _transition(self, a_hat: Tensor, x: Tensor, row: Tensor, features: Tensor) -> Gaussian:
+        """The fine-tuned steps `row` [R] from x [R, Tp, Da], with the noise to explore with."""
+        k = self.first + row
+        grid = self.tuned.grid
+        mean, std = transition(self.tuned.path, x, a_hat, grid[k], grid[k + 1], self.eta)
+        return Gaussian(mean, self.exploration(std, row, features, self.progress))
+
+    def _log_prob(self, gaussian: Gaussian, x: Tensor) -> Tensor:
+        """Of the steps that are executed, [R]."""
+        return self.reduce(gaussian.log_prob(x)[:, self.tuned.spec.executed])
+
+    def _guarded(self, log_ratio: Tensor, new: Gaussian, old_mean: Tensor) -> Tensor:
+        """(log r + |mu - mu_old|^2 / (2 std^2)) std: mean 0 under the old policy, alike for all noise levels."""
+        executed = self.tuned.spec.executed
+        std = new.std.expand_as(new.mean)[:, executed]
+        bias = ((new.mean - old_mean)[:, executed] / std).square() / 2
+        return (log_ratio + self.reduce(bias)) * std.flatten(1).mean(1)
+
+    def _divergence(self, new: Gaussian, features: Tensor, decision: Tensor, x: Tensor, row: Tensor) -> Tensor:
+        """KL of transitions with the same deviation: |mu - mu_cloned|^2 / (2 std^2), mean over the elements."""
+        with torch.no_grad():
+            cond = _take(self.cloned.network.embed_observation(features), decision)
+            a_hat = self.cloned.denoise_on(self.tuned.grid, cond)(x, self.first + row)
+            old = self._transition(a_hat, x, row, features[decision])
+        return ((new.mean - old.mean) / new.std).square().mean() / 2
+
+
+def _take(features: Features, rows: Tensor) -> Features:
+    return tuple(feature[rows] for feature in features)

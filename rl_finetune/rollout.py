@@ -1,0 +1,132 @@
+"""What an iteration collects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from flowsteer.rl_finetune.algorithm import Algorithm, Memory
+from flowsteer.rl_finetune.errors import FinetuneError
+from flowsteer.sim.vec_env import Observation, StepResult, VecEnv
+
+
+@final
+@dataclass(frozen=True)
+class Rollout:
+    """S decisions of each of N environments, every tensor [S, N, ...].
+
+    obs, final_obs: before the chunk and at its true end.
+    memory: the algorithm's.
+    reward: sum over the chunk.
+    terminated: the episode ended by the task's rule; `ended`: for whatever reason.
+    kept: false where the simulator lost the episode: such a decision teaches nothing.
+    """
+
+    obs: Observation
+    final_obs: Observation
+    memory: Memory
+    reward: Tensor
+    terminated: Tensor
+    ended: Tensor
+    kept: Tensor
+
+    @property
+    def flat_memory(self) -> Memory:
+        """[S * N, ...]."""
+        return {name: value.flatten(0, 1) for name, value in self.memory.items()}
+
+
+@final
+class Episodes:
+    """Success and return of the episodes that end while collecting.
+
+    Args:
+        num_envs: N.
+        device: of the results.
+    """
+
+    def __init__(self, num_envs: int, device: torch.device) -> None:
+        self._return = torch.zeros(num_envs, device=device)
+        self._success = torch.zeros(num_envs, dtype=torch.bool, device=device)
+        self._ended: list[Tensor] = []
+
+    def add(self, result: StepResult) -> None:
+        """Take in a chunk."""
+        self._return = self._return + result.reward_sum
+        self._success = self._success | result.info["success"]
+        counts = result.ended & ~result.info["lost"]
+        self._ended.append(torch.stack([self._return, self._success.float()], 1)[counts])
+        self._return = self._return * ~result.ended
+        self._success = self._success & ~result.ended
+
+    def numbers(self) -> dict[str, float]:
+        """Means over the episodes that have ended since the last call; nothing where none has."""
+        ended, self._ended = torch.cat(self._ended), []
+        if not len(ended):
+            return {}
+        return {"collect/return": ended[:, 0].mean().item(), "collect/success": ended[:, 1].mean().item()}
+
+
+@torch.no_grad()
+def collect(
+    algorithm: Algorithm,
+    env: VecEnv,
+    obs: Observation,
+    decisions: int,
+    generator: torch.Generator,
+    episodes: Episodes,
+) -> tuple[Rollout, Observation, int]:
+    """Make `decisions` decisions in every environment, from `obs` on.
+
+    Returns:
+        The rollout, the observation to go on from, and the number of env steps.
+
+    Raises:
+        FinetuneError: an observation or reward is not finite; names the environment and the seed of its episode.
+    """
+    observed, final, memories, results = [], [], [], []
+    env_steps = 0
+    for _ in range(decisions):
+        explored = algorithm.explore(obs, generator)
+        result = env.step_chunk(explored.actions)
+        _check_finite(result)
+        observed.append(obs)
+        final.append(result.final_obs)
+        memories.append(explored.memory)
+        results.append(result)
+        episodes.add(result)
+        env_steps += int(result.info["env_steps"].sum())
+        obs = result.obs
+    rollout = Rollout(
+        _stack(observed),
+        _stack(final),
+        _stack(memories),
+        torch.stack([result.reward_sum for result in results]),
+        torch.stack([result.terminated for result in results]),
+        torch.stack([result.ended for result in results]),
+        torch.stack([~result.info["lost"] for result in results]),
+    )
+    return rollout, obs, env_steps
+
+
+def _stack(steps: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
+
+
+def _check_finite(result: StepResult) -> None:
+    arrays = {"reward": result.reward_sum, **result.final_obs}
+    for name, value in arrays.items():
+        # One sum instead of a mask of every element: it is not finite if any of them is not.
+        if value.dtype.is_floating_point and not bool(value.sum().isfinite()):
+            bad = ~value.flatten(1).isfinite().all(1) if value.ndim > 1 else ~value.isfinite()
+            bad &= ~result.info["lost"]
+            if bad.any():
+                i = int(bad.nonzero()[0])
+                seed = int(result.info["seed"][i])
+                raise FinetuneError(
+                    f"environment {i} gave a {name} that is not finite in the episode of seed {seed}: "
+                    "mend the task; the last checkpoint is kept"
+                )

@@ -1,0 +1,224 @@
+"""What an iteration learns: advantages, then epochs of minibatches for the policy and for its critic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from flowsteer.rl_finetune.advantage import RewardScale, gae
+from flowsteer.rl_finetune.algorithm import Algorithm, Memory, Step
+from flowsteer.rl_finetune.critic import Critic
+from flowsteer.rl_finetune.errors import FinetuneError
+from flowsteer.rl_finetune.on_policy_config import OnPolicyConfig
+from flowsteer.rl_finetune.processes import Processes
+from flowsteer.rl_finetune.rollout import Rollout
+from flowsteer.rl_finetune.trust_region import kl_estimate
+from flowsteer.sim.vec_env import Observation
+
+SAME_POLICY = 1e-4
+"""Largest |log ratio| before anything has been learnt: more, and the update is not of the policy that collected."""
+
+
+@final
+class Sample(NamedTuple):
+    """An iteration, ready to learn from: D = S * N decisions, number d being of environment d % N.
+
+    obs: {key: [D, To, ...]}; features: the same, encoded [D, To, F].
+    memory: the algorithm's, [D, ...].
+    advantage, target: [D]; normalised, and what the critic is to say.
+    kept: the numbers of the decisions that count.
+    """
+
+    obs: Observation
+    features: Tensor
+    memory: Memory
+    advantage: Tensor
+    target: Tensor
+    kept: Tensor
+
+
+@final
+class Update:
+    """The optimisers and what they do with an iteration.
+
+    Args:
+        algorithm: with the policy that learns.
+        critic: of its encoded observations.
+        config: hyper-parameters.
+        processes: that learn together.
+        decisions: of an iteration in all processes, which says how many minibatches there are.
+        generator: shuffles.
+    """
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        critic: Critic,
+        config: OnPolicyConfig,
+        processes: Processes,
+        decisions: int,
+        generator: torch.Generator,
+    ) -> None:
+        self.algorithm, self.critic, self.config, self.processes = algorithm, critic, config, processes
+        self.decisions, self.generator = decisions, generator
+        self.learning = [p for p in algorithm.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.learning, lr=config.lr, weight_decay=0.0, fused=True)
+        self.critic_learning = list(critic.parameters())
+        self.critic_optimizer = torch.optim.AdamW(
+            self.critic_learning, lr=config.critic_lr, weight_decay=0.0, fused=True
+        )
+        self.reward_scale = RewardScale(config.gamma)
+        self.gradient_steps = 0
+
+    def __call__(self, rollout: Rollout, critic_alone: bool) -> dict[str, float]:
+        """Learn from an iteration; numbers for the log.
+
+        Raises:
+            FinetuneError: the policy is not the one that collected, has moved too far, or is not finite any more.
+        """
+        sample, numbers = self.sample(rollout)
+        if not critic_alone:
+            numbers |= self._check_first(sample, rollout.reward.shape[1])
+            numbers |= self._update_policy(sample)
+        numbers["train/value_loss"] = self._update_critic(sample)
+        self._check_finite()
+        return numbers
+
+    @torch.no_grad()
+    def sample(self, rollout: Rollout) -> tuple[Sample, dict[str, float]]:
+        """Advantages and targets of an iteration, and what they say of it."""
+        config, reward = self.config, rollout.reward
+        features, final = self._encode(rollout.obs), self._encode(rollout.final_obs)
+        value, next_value = (self.critic(part.flatten(0, 1)).view_as(reward) for part in (features, final))
+        if config.scale_rewards:
+            self.reward_scale.update(self.processes.gather(reward), self.processes.gather(rollout.ended))
+            reward = self.reward_scale(reward)
+        advantage = gae(reward, value, next_value, rollout.terminated, rollout.ended, config.gamma, config.lam)
+        target, kept = (advantage + value).flatten(), rollout.kept.flatten()
+        unexplained = advantage.flatten()[kept].var() / target[kept].var().clamp(min=1e-12)
+        mean, std = self.processes.moments(advantage.flatten()[kept])
+        normalized = (advantage.flatten() - mean) / (std + 1e-8)
+        obs = {key: array.flatten(0, 1) for key, array in rollout.obs.items()}
+        numbers = {
+            "train/explained_variance": 1 - unexplained.item(),
+            "train/advantage_std": std.item(),
+            "train/reward_std": self.reward_scale.std,
+            "collect/lost": float((~kept).sum()),
+        }
+        numbered = kept.nonzero()[:, 0]
+        return Sample(obs, features.flatten(0, 1), rollout.flat_memory, normalized, target, numbered), numbers
+
+    def _update_policy(self, sample: Sample) -> dict[str, float]:
+        """Epochs over shuffled rows, until the policy has moved as far as it may."""
+        rows, steps, taken = self.algorithm.rows, [], []
+        kl = 0.0
+        for batch in self._minibatches(len(sample.kept), rows, self.config.batch_size):
+            step = self._descend(sample, batch)
+            steps.append(step)
+            taken.append(batch % rows)
+            kl = self.processes.total(kl_estimate(step.log_ratio).item()) / self.processes.count
+            self._check_kl(kl)
+            if kl > self.config.target_kl:
+                break
+        return {"train/kl": kl, "train/minibatches": float(len(steps)), **_numbers(steps, torch.cat(taken), rows)}
+
+    def _descend(self, sample: Sample, batch: Tensor) -> Step:
+        step = self.step(sample, batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        step.loss.backward()  # type: ignore[no-untyped-call]
+        self.processes.average_gradients(self.learning)
+        nn.utils.clip_grad_norm_(self.learning, self.config.grad_clip)
+        self.optimizer.step()
+        self.gradient_steps += 1
+        return step._replace(loss=step.loss.detach())
+
+    def step(self, sample: Sample, batch: Tensor) -> Step:
+        """The algorithm's step for rows numbered decision by decision; each decision is encoded once."""
+        decision, row = sample.kept[batch // self.algorithm.rows], batch % self.algorithm.rows
+        unique, inverse = torch.unique(decision, return_inverse=True)
+        memory = {name: value[unique] for name, value in sample.memory.items()}
+        if self.algorithm.train_encoder:
+            features = self.algorithm.policy.features({key: array[unique] for key, array in sample.obs.items()})
+        else:
+            features = sample.features[unique]
+        return self.algorithm.step(features, memory, inverse, row, sample.advantage[decision])
+
+    def _update_critic(self, sample: Sample) -> float:
+        losses = []
+        for batch in self._minibatches(len(sample.kept), 1, self.config.critic_batch_size):
+            decision = sample.kept[batch]
+            loss = 0.5 * (self.critic(sample.features[decision]) - sample.target[decision]).square().mean()
+            self.critic_optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.processes.average_gradients(self.critic_learning)
+            nn.utils.clip_grad_norm_(self.critic_learning, self.config.grad_clip)
+            self.critic_optimizer.step()
+            losses.append(loss.detach())
+        return torch.stack(losses).mean().item()
+
+    def _minibatches(self, kept: int, rows: int, batch_size: int) -> Iterator[Tensor]:
+        """Row numbers of all epochs' minibatches, of about equal size, as many in every process."""
+        count = max(1, self.decisions * rows // batch_size)
+        for _ in range(self.config.epochs):
+            yield from (
+                torch.randperm(kept * rows, generator=self.generator).to(self.processes.device).tensor_split(count)
+            )
+
+    def _check_first(self, sample: Sample, num_envs: int) -> dict[str, float]:
+        """Before the first update the new policy is the old one, so that all ratios are 1."""
+        batch = next(self._minibatches(len(sample.kept), self.algorithm.rows, self.config.batch_size))
+        with torch.no_grad():
+            largest = self.step(sample, batch).log_ratio.abs().max().item()
+        if not largest < SAME_POLICY:
+            raise FinetuneError(
+                f"before the first update the log-ratio is {largest:.3g} where it must be 0: "
+                "the update does not see the policy that collected the data"
+            )
+        return {"train/first_log_ratio": largest, **self._signal(sample, batch, num_envs)}
+
+    def _signal(self, sample: Sample, batch: Tensor, num_envs: int) -> dict[str, float]:
+        """The cosine of the gradients of two halves of a minibatch, from different environments: near 0 it is noise."""
+        side = sample.kept[batch // self.algorithm.rows] % num_envs % 2
+        halves = [batch[side == half] for half in (0, 1)]
+        if not self.config.measure_signal or not all(map(len, halves)):
+            return {}
+        first, second = (self._gradient(sample, half) for half in halves)
+        return {"train/signal": functional.cosine_similarity(first, second, dim=0).item()}
+
+    def _gradient(self, sample: Sample, batch: Tensor) -> Tensor:
+        gradients = torch.autograd.grad(self.step(sample, batch).loss, self.learning, allow_unused=True)
+        return torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
+
+    def _encode(self, obs: Observation) -> Tensor:
+        """Features [S, N, To, F] of observations {key: [S, N, To, ...]}, one decision of all environments at a time."""
+        policy, decisions = self.algorithm.policy, len(next(iter(obs.values())))
+        return torch.stack([policy.features({key: array[s] for key, array in obs.items()}) for s in range(decisions)])
+
+    def _check_kl(self, kl: float) -> None:
+        if not kl <= self.config.max_kl:
+            raise FinetuneError(
+                f"a minibatch moved the policy by a KL of {kl:.3g} (train.max_kl={self.config.max_kl:g}): lower "
+                "train.lr or the clip range, or collect more decisions; the last checkpoint is kept"
+            )
+
+    def _check_finite(self) -> None:
+        parameters = [*self.learning, *self.critic_learning]
+        if not bool(torch.stack([p.isfinite().all() for p in parameters]).all()):
+            raise FinetuneError(
+                "a weight is not finite after the update: lower train.lr or train.critic_lr; "
+                "the last checkpoint is kept"
+            )
+
+
+def _numbers(steps: list[Step], row: Tensor, rows: int) -> dict[str, float]:
+    """Means over an iteration's minibatches; of the clipped share also one per row of a decision."""
+    clipped = torch.cat([step.clipped for step in steps]).float()
+    numbers = {"train/loss": torch.stack([step.loss for step in steps]), "train/clipped": clipped}
+    if rows > 1:
+        numbers |= {f"clipped/{k}": clipped[row == k] for k in range(rows)}
+    numbers |= {f"train/{name}": torch.stack([step.parts[name] for step in steps]) for name in steps[0].parts}
+    return {name: values.mean().item() for name, values in numbers.items()}

@@ -1,0 +1,140 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from flowsteer.cli.main import main
+from flowsteer.policies.checkpoint import load_policy, read_tensors
+from flowsteer.policies.networks.staged import StagedNetwork
+
+SHORT = (
+    "train.env_steps=300",
+    "train.decisions=8",
+    "train.epochs=1",
+    "train.batch_size=64",
+    "train.critic_batch_size=32",
+    "train.save_every=2",
+    "train.evaluate_every=0",
+    "critic.hidden=[16]",
+    "sim.num_envs=4",
+    "sim.workers=0",
+    "device=cpu",
+)
+SMALL = ("horizon.observation_steps=1", "horizon.prediction_steps=4", "horizon.execution_steps=4", "eval.videos=0")
+HOPPER = ("task=hopper", "sim.backend=gym", *SMALL)
+
+
+def finetune(*args):
+    return main(["finetune", *map(str, args)])
+
+
+def refused(capsys, *args, code):
+    assert finetune(*args) == code
+    captured = capsys.readouterr().err.strip().splitlines()
+    assert len(captured) == 1, captured
+    return captured[0].removeprefix("error: ")
+
+
+@pytest.fixture(scope="module")
+def tuned(trained, tmp_path_factory):
+    """A run on a cloned policy, judged before and after."""
+    folder = tmp_path_factory.mktemp("finetuned") / "run"
+    judged = ("train.evaluate_every=100", "eval.episodes=2", "eval.videos=1")
+    options = ("algo.fine_tuned_steps=3", *SHORT, *judged)
+    assert finetune(f"checkpoint={trained}", *options, f"out={folder}") == 0
+    return folder
+
+
+def test_a_run_leaves_what_the_documentation_promises(tuned: Path) -> None:
+    rows = [json.loads(line) for line in (tuned / "metrics.jsonl").read_text().splitlines()]
+    assert {"eval/success", "eval/return"} <= set(rows[0])
+    assert rows[0]["step"] == 0
+    assert {"train/kl", "clipped/0", "train/explained_variance", "time/collect_s", "time/update_s"} <= set(rows[-2])
+    last = rows[-1]["step"]
+    assert last >= 300
+    for step in (0, last):
+        assert len(list((tuned / "evaluations" / f"{step:08d}").glob("*.mp4"))) == 1
+    for name in ("config.yaml", "success.png", "last", "best"):
+        assert (tuned / name).exists(), name
+
+
+def test_the_tuned_checkpoint_is_judged_without_being_told_anything(tuned: Path, tmp_path: Path) -> None:
+    out = tmp_path / "judged"
+    assert main(["eval", f"checkpoint={tuned}", "episodes=2", "eval.videos=0", f"out={out}"]) == 0
+    assert json.loads((out / "eval.json").read_text())["episodes"] == 2
+    policy = load_policy(tuned)
+    assert isinstance(policy.network, StagedNetwork)
+    assert policy.eta == 1.0
+
+
+def test_the_earlier_steps_are_the_cloned_ones(tuned: Path, trained: Path) -> None:
+    cloned, policy = load_policy(trained), load_policy(tuned)
+    changed = [
+        not torch.equal(late, early)
+        for late, early in zip(policy.network.late.parameters(), cloned.network.parameters(), strict=True)
+    ]
+    assert any(changed)
+    for early, base in zip(policy.network.early.parameters(), cloned.network.parameters(), strict=True):
+        assert torch.equal(early, base)
+
+
+def test_a_run_that_was_stopped_equals_one_that_went_on(trained: Path, tmp_path: Path) -> None:
+    options = (f"checkpoint={trained}", "algo=fpo", "algo.pairs=2", *SHORT)
+    assert finetune(*options, "train.env_steps=900", f"out={tmp_path / 'whole'}") == 0
+    assert finetune(*options, "train.env_steps=500", f"out={tmp_path / 'part'}") == 0
+    assert finetune(f"resume={tmp_path / 'part'}", "train.env_steps=900") == 0
+    one, other = (read_tensors(tmp_path / run / "last" / "trainer.safetensors") for run in ("whole", "part"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize(
+    "choice", [("algo=ppo", "policy=gaussian"), ("algo=fpo", "policy=flow"), ("algo.steps=4", "policy=diffusion")]
+)
+def test_a_policy_learns_from_nothing(tmp_path: Path, choice: tuple[str, ...]) -> None:
+    pytest.importorskip("mujoco")
+    small = () if "policy=gaussian" in choice else ("policy.network.hidden=16",)
+    tuned = ("algo.fine_tuned_steps=4",) if "policy=diffusion" in choice else ()
+    assert finetune(*choice, *HOPPER, *SHORT, *small, *tuned, f"out={tmp_path / 'run'}") == 0
+    stored = yaml.safe_load((tmp_path / "run" / "last" / "config.yaml").read_text())
+    assert stored["spec"]["execution_steps"] == 4
+    policy = load_policy(tmp_path / "run")
+    # Actions fill the task's limits, observations what random actions lead to.
+    np.testing.assert_allclose(policy.normalizer.get_buffer("scale:action").numpy(), 1.0)
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = f"out={tmp_path / 'run'}"
+    cases: list[tuple[tuple[str, ...], int, str]] = [
+        ((), 2, "checkpoint= is missing: name a run folder of flowsteer train, or learn from nothing with task=NAME"),
+        ((f"checkpoint={trained}", "policy=flow"), 2, "checkpoint= brings its own policy: leave policy= out, or leave"),
+        ((f"checkpoint={trained}", "task=hopper"), 2, "checkpoint= brings its own task: leave task= out, or leave che"),
+        (
+            (f"checkpoint={trained}", "algo=ppo"),
+            1,
+            "algo=ppo needs policy=gaussian, not a FlowPolicy: fine-tune it wit",
+        ),
+        ((f"checkpoint={trained}", "algo=dpo"), 2, "algo 'dpo' is unknown; nearest: dppo"),
+        ((f"checkpoint={trained}", "train.lr=-1"), 1, "train.lr must be positive and finite, got -1"),
+        ((f"checkpoint={trained}", "algo.epochs=3"), 2, "no option 'algo.epochs'; nearest: "),
+        ((f"checkpoint={tmp_path}/none",), 1, f"checkpoint {tmp_path}/none does not exist"),
+        ((f"resume={tmp_path}/none",), 2, f"resume={tmp_path}/none holds no run"),
+    ]
+    for args, code, message in cases:
+        told = refused(capsys, *args, *([] if args and args[0].startswith("resume") else [*SHORT, out]), code=code)
+        assert told.startswith(message), told
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_cloning_run_is_not_resumed_as_fine_tuning(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = refused(capsys, f"resume={trained}", code=2)
+    assert "is not the config of a run" in told
+
+
+def test_a_folder_that_holds_a_run_is_refused(tuned: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = refused(capsys, f"checkpoint={trained}", f"out={tuned}", code=2)
+    assert told == f"{tuned} already holds a run: continue it with resume={tuned} or choose another out="

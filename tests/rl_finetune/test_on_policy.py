@@ -1,0 +1,265 @@
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowsteer.policies.checkpoint import load_trainer, read_tensors
+from flowsteer.rl_finetune.critic import Critic
+from flowsteer.rl_finetune.dppo import DPPO
+from flowsteer.rl_finetune.errors import FinetuneError
+from flowsteer.rl_finetune.exploration import NoiseFloor
+from flowsteer.rl_finetune.fpo import FPO
+from flowsteer.rl_finetune.gaussian_ppo import GaussianPPO
+from flowsteer.rl_finetune.on_policy import FIRST_SEED, OnPolicy
+from flowsteer.rl_finetune.on_policy_config import OnPolicyConfig
+
+ALGORITHMS = {
+    "dppo": ("diffusion", partial(DPPO, exploration=partial(NoiseFloor, first=0.2, last=0.2), fine_tuned_steps=2)),
+    "dppo_flow": ("flow", partial(DPPO, exploration=partial(NoiseFloor, first=0.2, last=0.2), fine_tuned_steps=4)),
+    "fpo": ("flow", partial(FPO, pairs=4)),
+    "ppo": ("gaussian", GaussianPPO),
+}
+SHORT = {"decisions": 6, "epochs": 2, "batch_size": 40, "critic_batch_size": 24, "evaluate_every": 0, "save_every": 2}
+
+
+class Record:
+    def __init__(self):
+        self.rows = []
+
+    def log(self, step, values):
+        self.rows.append((step, dict(values)))
+
+
+@pytest.fixture
+def make_loop(make_policy, make_env):
+    def make(name="fpo", folder=None, env_options=None, fresh=False, **config):
+        family, algorithm = ALGORITHMS[name]
+        policy = make_policy(family, fresh=fresh)
+        torch.manual_seed(1)
+        options = OnPolicyConfig(**{**SHORT, "env_steps": 400, **config})
+        describe = {"policy": {"_target_": "x"}, "spec": policy.spec.to_dict()}
+        env = make_env(**(env_options or {}))
+        return OnPolicy(algorithm(policy=policy), Critic(2), env, options, folder=folder, describe=describe)
+
+    return make
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_learns_to_aim(make_loop, name):
+    options = {"env_steps": 8000, "decisions": 12, "epochs": 8, "lr": 3e-3, "gamma": 0.5, "save_every": 10**6}
+    loop = make_loop(name, fresh=True, env_options={"num_envs": 16}, **options)
+    log = Record()
+    assert loop.train(log)
+    returns = [row["collect/return"] for _, row in log.rows]
+    # At first about -20: the better the aim, the less each of the 12 steps costs.
+    assert sum(returns[-5:]) > 0.6 * sum(returns[:5])
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_run_that_was_stopped_equals_one_that_went_on(make_loop, tmp_path, name):
+    whole = make_loop(name, folder=tmp_path / "whole")
+    whole.train(Record())
+    part = make_loop(name, folder=tmp_path / "part")
+    part.config = OnPolicyConfig(**{**SHORT, "env_steps": 180})
+    part.train(Record())
+    again = make_loop(name, folder=tmp_path / "part")
+    again.resume(tmp_path / "part")
+    assert 0 < again.progress.env_steps < whole.progress.env_steps
+    assert again.progress.iteration == 2
+    again.train(Record())
+    one, other = (read_tensors(tmp_path / run / "last" / "trainer.safetensors") for run in ("whole", "part"))
+    assert one.keys() == other.keys()
+    assert any(name.startswith("optimizer.exp_avg.") for name in one)
+    for key, value in one.items():
+        torch.testing.assert_close(other[key], value, rtol=0, atol=0, msg=key)
+
+
+def test_the_loop_counts_and_logs(make_loop):
+    log = Record()
+    loop = make_loop("dppo")
+    loop.train(log)
+    steps = [step for step, _ in log.rows]
+    assert steps == sorted(steps)
+    assert steps[-1] >= 400
+    last = log.rows[-1][1]
+    assert last["count/decisions"] == 8 * 6 * len(log.rows)
+    for name in ("kl", "clipped", "loss", "value_loss", "explained_variance", "noise_std", "signal", "advantage_std"):
+        assert f"train/{name}" in last
+    assert {"clipped/0", "clipped/1", "time/collect_s", "time/update_s", "collect/return", "collect/success"} <= set(
+        last
+    )
+    # The critic learns alone first.
+    assert "train/kl" not in log.rows[0][1]
+
+
+def test_episodes_have_seeds_that_no_evaluation_has_and_none_twice(make_loop, tmp_path):
+    loop = make_loop(folder=tmp_path / "run")
+    started = []
+    reset = loop.env.reset
+    loop.env.reset = lambda seeds: (started.append(loop.progress.next_seed), reset(seeds))[1]
+    loop.train(Record())
+    assert started[0] == FIRST_SEED
+    assert started == sorted(set(started))
+    assert min(b - a for a, b in itertools.pairwise(started)) >= 8
+
+
+def test_a_ratio_that_is_not_one_before_the_first_update_stops_the_run(make_loop):
+    loop = make_loop("dppo", critic_warmup=0)
+    explore = loop.algorithm.explore
+
+    def forgetful(obs, generator):
+        explored = explore(obs, generator)
+        explored.memory["log_prob"] += 0.01
+        return explored
+
+    loop.algorithm.explore = forgetful
+    with pytest.raises(FinetuneError, match=r"before the first update the log-ratio is 0\.01 where it must be 0"):
+        loop.train(Record())
+
+
+def test_an_observation_that_is_not_finite_names_its_environment_and_seed(make_loop, tmp_path):
+    loop = make_loop(folder=tmp_path / "run", env_options={"nan_seed": FIRST_SEED + 3})
+    with pytest.raises(
+        FinetuneError,
+        match=rf"environment 3 gave a target that is not finite in the episode of seed {FIRST_SEED + 3}: ",
+    ):
+        loop.train(Record())
+    assert load_trainer(tmp_path / "run" / "last").values["progress"]["env_steps"] == 0
+
+
+def test_a_policy_that_moves_too_far_ends_the_run_and_keeps_the_last_checkpoint(make_loop, tmp_path):
+    loop = make_loop("ppo", folder=tmp_path / "run", lr=10.0, target_kl=0.1, max_kl=0.5, save_every=1)
+    with pytest.raises(FinetuneError, match=r"moved the policy by a KL of .* \(train\.max_kl=0\.5\): lower train\.lr"):
+        loop.train(Record())
+    kept = read_tensors(tmp_path / "run" / "last" / "policy.safetensors")
+    assert all(bool(value.isfinite().all()) for value in kept.values())
+
+
+def test_the_update_ends_where_the_target_is_passed(make_loop):
+    log = Record()
+    make_loop("ppo", lr=0.03, target_kl=1e-6, max_kl=1e6).train(log)
+    updates = [row["train/minibatches"] for _, row in log.rows if "train/minibatches" in row]
+    assert max(updates) < 3
+
+
+def test_a_lost_episode_teaches_nothing(make_loop):
+    loop = make_loop("fpo")
+    rollout = loop.collect()
+    rollout.kept[2, 5] = False
+    rollout.reward[2, 5] = 1e6
+    loop.config.scale_rewards and loop.update.reward_scale.update(rollout.reward * rollout.kept, rollout.ended)
+    sample, numbers = loop.update.sample(rollout)
+    assert 2 * 8 + 5 not in sample.kept.tolist()
+    assert len(sample.kept) == 47
+    assert numbers["collect/lost"] == 1
+
+
+def test_judging_comes_first_and_the_best_is_kept(make_loop, tmp_path):
+    scores = iter([0.5, 0.9, 0.1, 0.2, 0.3, 0.4, 0.2, 0.1])
+    judged = []
+
+    def evaluate(policy, step):
+        judged.append((policy, step))
+        return {"eval/success": 0.0}, next(scores)
+
+    loop = make_loop("dppo", folder=tmp_path / "run", evaluate_every=1, save_every=100)
+    loop.train(Record(), evaluate)
+    assert judged[0][1] == 0
+    assert judged[0][0] is loop.acting
+    assert (tmp_path / "run" / "best").resolve().name == f"{judged[1][1]:09d}"
+    assert (tmp_path / "run" / "last").resolve().name == f"{loop.progress.env_steps:09d}"
+
+
+def test_a_signal_saves_and_stops(make_loop, tmp_path):
+    loop = make_loop("fpo", folder=tmp_path / "run", env_steps=10**9)
+    collect, count = loop.collect, iter(range(100))
+
+    def interrupted():
+        if next(count) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return collect()
+
+    loop.collect = interrupted
+    assert not loop.train(Record())
+    assert load_trainer(tmp_path / "run" / "last").values["progress"]["iteration"] == 4
+
+
+def test_a_checkpoint_of_another_run_is_refused(make_loop, tmp_path):
+    make_loop("fpo", folder=tmp_path / "run").train(Record())
+    with pytest.raises(FinetuneError, match=r"the training state does not fit .*: it cannot be resumed"):
+        make_loop("ppo").resume(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"env_steps": 0}, "train.env_steps must be at least 1, got 0"),
+        ({"lr": float("nan")}, "train.lr must be positive and finite, got nan"),
+        ({"critic_warmup": -1}, "train.critic_warmup must not be negative, got -1"),
+        ({"gamma": 1.5}, "train.gamma must be in [0, 1], got 1.5"),
+    ],
+)
+def test_hyper_parameters_out_of_range_are_refused(options, message):
+    with pytest.raises(FinetuneError) as error:
+        OnPolicyConfig(**options)
+    assert str(error.value) == message
+
+
+WORKER = """
+import importlib.util, json, sys, torch
+from accelerate import Accelerator
+from flowsteer.rl_finetune.on_policy_config import OnPolicyConfig
+from flowsteer.rl_finetune.critic import Critic
+from flowsteer.rl_finetune.gaussian_ppo import GaussianPPO
+from flowsteer.rl_finetune.on_policy import OnPolicy
+from flowsteer.rl_finetune.rollout import Episodes, Rollout, collect
+from flowsteer.sim.backends import BACKENDS
+
+torch.set_num_threads(1)
+spec = importlib.util.spec_from_file_location("kit", sys.argv[1])
+kit = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(kit)
+accelerator = Accelerator(cpu=True)
+rank, processes = accelerator.process_index, accelerator.num_processes
+
+env = BACKENDS["gym"](kit.Aim(), 8, 1, workers=0, device="cpu")
+config = OnPolicyConfig(decisions=6, epochs=1, batch_size=10**6, critic_batch_size=10**6, critic_warmup=0)
+loop = OnPolicy(GaussianPPO(kit.policy_of("gaussian")), Critic(2), env, config, accelerator=accelerator)
+episodes = Episodes(8, env.device)
+rollout, _, _ = collect(loop.algorithm, env, env.reset(range(10**6)), 6, torch.Generator().manual_seed(0), episodes)
+mine = slice(rank * 8 // processes, (rank + 1) * 8 // processes)
+half = lambda tensors: {name: value[:, mine] for name, value in tensors.items()}
+part = Rollout(half(rollout.obs), half(rollout.final_obs), half(rollout.memory), rollout.reward[:, mine],
+               rollout.terminated[:, mine], rollout.ended[:, mine], rollout.kept[:, mine])
+numbers = loop.update(part, critic_alone=False)
+weights = [p.double().sum().item() for p in [*loop.algorithm.policy.parameters(), *loop.critic.parameters()]]
+if rank == 0:
+    print(json.dumps([processes, weights, numbers["train/reward_std"], numbers["train/advantage_std"]]))
+accelerator.end_training()
+"""
+
+
+def told_by(script, processes):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    kit = str(Path(__file__).with_name("conftest.py"))
+    command = [sys.executable, *(launch if processes > 1 else []), str(script), kit]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_two_processes_learn_what_one_learns_from_all_their_episodes(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    (one, weights, *numbers), (two, shared_weights, *shared_numbers) = (told_by(script, n) for n in (1, 2))
+    assert (one, two) == (1, 2)
+    assert shared_numbers == pytest.approx(numbers, rel=1e-5)
+    assert shared_weights == pytest.approx(weights, rel=1e-4, abs=1e-4)
