@@ -117,8 +117,6 @@ def warp(
         raise SimError(f"{task.spec.name}: only MuJoCo tasks run in MuJoCo Warp; choose sim.backend=gym")
     if workers is not None:
         raise SimError("sim.backend=warp has no workers: leave sim.workers out")
-    if task.randomize:
-        raise SimError(f"{task.spec.name}: MuJoCo Warp steps one model only: leave task.randomize out, or use threads")
     for module in ("warp", "mujoco_warp"):
         optional_module(module, "warp")
     # Not at the top: that module imports Warp.

@@ -1,19 +1,28 @@
 """The starts of the episodes to come, kept on the device that will need them.
 
-Dimension letters: N worlds, R rows in store, nq / nv MuJoCo's positions and velocities.
+Dimension letters: N worlds, n episodes, R rows in store, nq / nv MuJoCo's positions and velocities, W numbers that
+make a randomised world different.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 
 from flowsteer.sim.tasks.mujoco_task import MujocoTask
-from flowsteer.sim.vec_env import IDLE
+
+
+class Start(NamedTuple):
+    """Of episodes, or of one: seed [...], qpos [..., nq], qvel [..., nv] and the numbers [..., W] of the world."""
+
+    seed: Tensor
+    qpos: Tensor
+    qvel: Tensor
+    fields: Tensor
 
 
 @final
@@ -25,7 +34,8 @@ class StartQueue:
     many are gone. Seeds are read that far ahead, too.
 
     Args:
-        parked: qpos [nq] and qvel [nv] of a world for which no seed is left.
+        parked: what a world does for which no seed is left; tells the device.
+        draw_fields: seeds [n] -> [n, W] on the CPU.
     """
 
     def __init__(
@@ -33,40 +43,39 @@ class StartQueue:
         task: MujocoTask,
         num_worlds: int,
         seeds: Iterable[int],
-        parked: tuple[Tensor, Tensor],
-        device: torch.device,
+        parked: Start,
+        draw_fields: Callable[[list[int]], Tensor],
     ) -> None:
-        self._task, self._num_worlds, self._device = task, num_worlds, device
-        self._coming = iter(seeds)
+        self._task, self._num_worlds, self._device = task, num_worlds, parked.seed.device
+        self._coming, self._draw_fields = iter(seeds), draw_fields
         # The last row stands for all that come after the last seed.
-        self._seed = torch.tensor([IDLE], device=device)
-        self._qpos, self._qvel = (values.clone()[None] for values in parked)
-        self.taken = torch.zeros((), dtype=torch.int64, device=device)
+        self._stored = Start(*(part.clone()[None] for part in parked))
+        self.taken = torch.zeros((), dtype=torch.int64, device=self._device)
         self.refill()
 
-    def take(self, worlds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The next starts for the worlds of the mask [N], in their order: seeds [N], qpos [N, nq], qvel [N, nv].
+    def take(self, worlds: Tensor) -> Start:
+        """The next starts [N] for the worlds of the mask [N], in their order; rows of others hold nothing of meaning.
 
-        `IDLE` where the seeds have run out; rows of other worlds hold nothing of meaning.
+        The seed is `IDLE` where the seeds have run out.
         """
-        rows = (self.taken + worlds.cumsum(0) - 1).clamp(0, len(self._seed) - 1)
+        rows = (self.taken + worlds.cumsum(0) - 1).clamp(0, len(self._stored.seed) - 1)
         self.taken = self.taken + worlds.sum()
-        return self._seed[rows], self._qpos[rows], self._qvel[rows]
+        return Start(*(part[rows] for part in self._stored))
 
     def drop(self, taken: int) -> None:
         """Forget the first rows; `taken` is what the host has read of `self.taken`."""
-        gone = min(taken, len(self._seed) - 1)
-        self._seed, self._qpos, self._qvel = self._seed[gone:], self._qpos[gone:], self._qvel[gone:]
+        gone = min(taken, len(self._stored.seed) - 1)
+        self._stored = Start(*(part[gone:] for part in self._stored))
         self.taken = self.taken - taken
 
     def refill(self) -> None:
         """Draw what is missing."""
-        seeds = list(islice(self._coming, 2 * self._num_worlds - (len(self._seed) - 1)))
+        seeds = list(islice(self._coming, 2 * self._num_worlds - (len(self._stored.seed) - 1)))
         if not seeds:
             return
         qpos, qvel = self._task.initial(torch, self._upload(torch.from_numpy(self._task.draws(seeds))))
-        self._seed = _insert(self._seed, self._upload(torch.tensor(seeds)))
-        self._qpos, self._qvel = _insert(self._qpos, qpos), _insert(self._qvel, qvel)
+        new = Start(self._upload(torch.tensor(seeds)), qpos, qvel, self._upload(self._draw_fields(seeds)))
+        self._stored = Start(*map(_insert, self._stored, new))
 
     def _upload(self, values: Tensor) -> Tensor:
         if self._device.type == "cpu":

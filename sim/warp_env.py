@@ -12,10 +12,11 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
+from flowsteer.sim.actions import ActionCheck
 from flowsteer.sim.chunk import Outcome, judge_chunk, sane
 from flowsteer.sim.errors import SimError
 from flowsteer.sim.slot import window_arrays
-from flowsteer.sim.start_queue import StartQueue
+from flowsteer.sim.start_queue import Start, StartQueue
 from flowsteer.sim.tasks.mujoco_task import MujocoTask, State
 from flowsteer.sim.vec_env import IDLE, Observation, StepResult, VecEnv
 from flowsteer.sim.warp_worlds import WarpWorlds
@@ -62,9 +63,11 @@ class WarpVecEnv(VecEnv):
         self.device = torch.device(device)
         self._task = task
         self._worlds = WarpWorlds(task, num_envs, self.device)
-        self._parked = self._worlds.qpos[0].clone(), self._worlds.qvel[0].clone()
+        nominal = self._worlds.fields.nominal.to(self.device)
+        idle = self._tensor(IDLE, torch.int64)
+        self._parked = Start(idle, self._worlds.qpos[0].clone(), self._worlds.qvel[0].clone(), nominal)
         self._queue = self._new_queue(())
-        self._low, self._high = (self._tensor(limits) for limits in (self.spec.action_low, self.spec.action_high))
+        self._check = ActionCheck(self.spec, num_envs, self.device)
         self._seed = self._tensor([IDLE] * num_envs, torch.int64)
         self._steps = torch.zeros_like(self._seed)
         self._sensors = self._worlds.sensors.clone()
@@ -125,27 +128,14 @@ class WarpVecEnv(VecEnv):
             raise SimError(f"{self.spec.name}: this environment is closed")
 
     def _checked(self, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """Actions [N, Ta, Da] within the limits, and the worlds [N] whose episode they cost; waits for the device."""
-        wanted = (self.num_envs, actions.shape[1] if actions.ndim == 3 else 0, self.spec.action_dim)
-        if actions.shape != wanted or actions.shape[1] < 1:
-            raise SimError(
-                f"{self.spec.name}: actions must be [{self.num_envs}, Ta, {self.spec.action_dim}], "
-                f"got {list(actions.shape)}"
-            )
-        actions = actions.detach().to(self.device, torch.float32)
-        finite, running = actions.isfinite().all(dim=2).all(dim=1), self._seed != IDLE
-        broken = running & ~finite
-        hopeless = broken.any() & (broken == running).all()
+        """See `Checked`; waits for the device, once for all that the host wants to know."""
+        chunks, broken, hopeless = self._check(actions, self._seed != IDLE)
         news = torch.stack([hopeless.long(), self._queue.taken, *self._needs])
-        hopeless_, taken, contacts, constraints = news.tolist()
+        refused, taken, contacts, constraints = news.tolist()
         self._complain(contacts, constraints)
-        if hopeless_:
-            raise SimError(
-                f"{self.spec.name}: no environment got finite actions; "
-                "the policy has diverged or its normaliser is broken"
-            )
+        self._check.refuse(bool(refused))
         self._queue.drop(taken)
-        return torch.where(finite[:, None, None], actions, 0.0).clip(self._low, self._high), broken
+        return chunks, broken
 
     def _simulate(self, chunks: Tensor) -> Trail:
         worlds, steps = self._worlds, chunks.shape[1]
@@ -183,15 +173,15 @@ class WarpVecEnv(VecEnv):
 
     def _start(self, worlds: Tensor) -> None:
         """Begin the next episodes in the worlds of the mask [N]."""
-        seed, qpos, qvel = self._queue.take(worlds)
-        self._seed = torch.where(worlds, seed, self._seed)
+        start = self._queue.take(worlds)
+        self._seed = torch.where(worlds, start.seed, self._seed)
         self._steps = torch.where(worlds, 0, self._steps)
-        self._worlds.restart(worlds, qpos, qvel)
+        self._worlds.restart(worlds, start)
         if self._sensors.shape[1]:
             self._worlds.sense()
             self._sensors = torch.where(worlds[:, None], self._worlds.sensors, self._sensors)
-        begun = worlds & (seed != IDLE)
-        for key, first in self._task.observe(torch, State(qpos, qvel, self._sensors)).items():
+        begun = worlds & (start.seed != IDLE)
+        for key, first in self._task.observe(torch, State(start.qpos, start.qvel, self._sensors)).items():
             window = self._windows[key]
             mask = begun.view(-1, *(1,) * (window.ndim - 1))
             self._windows[key] = torch.where(mask, first.to(window.dtype)[:, None], window)
@@ -206,7 +196,7 @@ class WarpVecEnv(VecEnv):
                 warnings.warn(complaint, RuntimeWarning, stacklevel=3)
 
     def _new_queue(self, seeds: Iterable[int]) -> StartQueue:
-        return StartQueue(self._task, self.num_envs, seeds, self._parked, self.device)
+        return StartQueue(self._task, self.num_envs, seeds, self._parked, self._worlds.fields.draw)
 
     def _observation(self) -> Observation:
         return {key: window.clone() for key, window in self._windows.items()}

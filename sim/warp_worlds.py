@@ -18,7 +18,9 @@ import warp as wp
 from torch import Tensor
 
 from flowsteer.sim.errors import SimError
+from flowsteer.sim.start_queue import Start
 from flowsteer.sim.tasks.mujoco_task import MujocoTask
+from flowsteer.sim.warp_fields import WorldFields
 
 Geom = mujoco.mjtGeom
 MOST_CONTACTS = {Geom.mjGEOM_PLANE: 4, Geom.mjGEOM_SPHERE: 1, Geom.mjGEOM_ELLIPSOID: 1, Geom.mjGEOM_CAPSULE: 2}
@@ -39,9 +41,11 @@ class WarpWorlds:
 
     Attributes:
         qpos, qvel, ctrl, sensors: views [N, nq], [N, nv], [N, nu], [N, nsensordata] of Warp's arrays.
+        fields: what `task.randomize` changes.
 
     Raises:
-        SimError: the model has a feature that MuJoCo Warp lacks, the device is none of Warp's, or memory is short.
+        SimError: the model has a feature that MuJoCo Warp lacks, a field cannot be randomised there, the device is
+            none of Warp's, or memory is short.
     """
 
     def __init__(self, task: MujocoTask, num_worlds: int, device: torch.device) -> None:
@@ -64,6 +68,8 @@ class WarpWorlds:
                 njmax_nnz=constraints * host.nv,
                 nccdmax=min(pairs, contacts),
             )
+            # Before anything is recorded, as graphs keep the addresses of the arrays.
+            self.fields = WorldFields(task, host, self._model, self._data, num_worlds)
             self._most_constraints = wp.zeros(num_worlds, dtype=int)
             self._most_contacts = wp.zeros(1, dtype=int)
             # Called wherever forces are computed, so at each of an integrator's stages.
@@ -80,11 +86,12 @@ class WarpWorlds:
         """Bring `sensors` up to date with `qpos` and `qvel`."""
         self._sense()
 
-    def restart(self, worlds: Tensor, qpos: Tensor, qvel: Tensor) -> None:
-        """Set the worlds of the mask [N] to qpos [N, nq] and qvel [N, nv], with no trace of what they did before."""
+    def restart(self, worlds: Tensor, start: Start) -> None:
+        """Begin `start` [N] in the worlds of the mask [N], with no trace of what they did before."""
         mask = worlds[:, None]
-        self.qpos.copy_(torch.where(mask, qpos, self.qpos))
-        self.qvel.copy_(torch.where(mask, qvel, self.qvel))
+        self.qpos.copy_(torch.where(mask, start.qpos, self.qpos))
+        self.qvel.copy_(torch.where(mask, start.qvel, self.qvel))
+        self.fields.write(worlds, start.fields)
         for view in self._traces:
             view.masked_fill_(worlds.view(-1, *(1,) * (view.ndim - 1)), 0)
 
@@ -131,6 +138,7 @@ class WarpWorlds:
         self._model = self._data = None
         self.qpos = self.qvel = self.ctrl = self.sensors = self._constraints = self._contacts = torch.empty(0)
         self._traces.clear()
+        self.fields.close()
 
     @contextmanager
     def enough_memory(self) -> Iterator[None]:

@@ -1,7 +1,6 @@
 """MuJoCo Warp on a CPU against the thread back end. Its kernels are compiled at first use, in a minute or so."""
 
 import itertools
-import os
 import re
 import warnings
 from dataclasses import replace
@@ -9,45 +8,24 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from changed_hopper import Like
 from counting import Counting
 
 from flowsteer.sim.backends import threads, warp
 from flowsteer.sim.errors import SimError
-from flowsteer.sim.start_queue import StartQueue
+from flowsteer.sim.start_queue import Start, StartQueue
 from flowsteer.sim.tasks.arm_lift import ArmLift
 from flowsteer.sim.tasks.locomotion import HalfCheetah, Hopper, Walker2d
-from flowsteer.sim.tasks.mujoco_task import MujocoTask
 from flowsteer.sim.tasks.pusht_mj import PushTMujoco
 from flowsteer.sim.vec_env import IDLE
 
 mujoco = pytest.importorskip("mujoco", reason="MuJoCo is not installed")
 mujoco_warp = pytest.importorskip("mujoco_warp", reason="MuJoCo Warp is not installed: pip install 'flowsteer[warp]'")
-assets = pytest.importorskip("gymnasium.envs.mujoco", reason="the hopper's model is Gymnasium's")
+pytest.importorskip("gymnasium.envs.mujoco", reason="the hopper's model is Gymnasium's")
 
 B, To = 5, 3
-HOPPER = Hopper()
 SINK = 0.02
 """Metres that bring a hopper from its start onto the ground."""
-
-
-class Like(MujocoTask):
-    """A hopper whose model `change` has changed."""
-
-    spec, dataset_keys = Hopper.spec, Hopper.dataset_keys
-    frame_skip = Hopper.frame_skip
-
-    draw, initial, control, observe, judge = (
-        staticmethod(method) for method in (HOPPER.draw, HOPPER.initial, HOPPER.control, HOPPER.observe, HOPPER.judge)
-    )
-
-    def __init__(self, change):
-        super().__init__()
-        self._change = change
-
-    def load(self):
-        spec = mujoco.MjSpec.from_file(os.path.join(os.path.dirname(assets.__file__), "assets", "hopper.xml"))
-        self._change(spec)
-        return spec.compile()
 
 
 def limited(**sizes):
@@ -227,30 +205,41 @@ def test_4096_worlds_of_pusht_fit_into_8_gb():
     assert 4096 * per_world < 8e9
 
 
+PARKED = Start(torch.tensor(IDLE), torch.zeros(6), torch.zeros(6), torch.zeros(1))
+
+
+def number(seeds):
+    """Of worlds that differ in one number, ten times the seed."""
+    return 10.0 * torch.tensor(seeds)[:, None]
+
+
 def test_starts_are_handed_out_in_order_and_only_once():
-    task, parked = Hopper(), (torch.zeros(6), torch.zeros(6))
-    queue = StartQueue(task, 3, range(10, 15), parked, torch.device("cpu"))
+    task = Hopper()
+    queue = StartQueue(task, 3, range(10, 15), PARKED, number)
     everyone, some = torch.tensor([True, True, True]), torch.tensor([True, False, True])
-    assert queue.take(everyone)[0].tolist() == [10, 11, 12]
+    assert queue.take(everyone).seed.tolist() == [10, 11, 12]
     queue.drop(int(queue.taken))
     queue.refill()
-    seed, qpos, qvel = queue.take(some)
-    assert seed[some].tolist() == [13, 14]
+    start = queue.take(some)
+    assert start.seed[some].tolist() == [13, 14]
+    assert start.fields[some].tolist() == [[130], [140]]
     wanted_qpos, wanted_qvel = task.initial(np, task.draws([13, 14]))
-    np.testing.assert_allclose(qpos[some], wanted_qpos, atol=1e-6)
-    np.testing.assert_allclose(qvel[some], wanted_qvel, atol=1e-6)
-    assert queue.take(some)[0][some].tolist() == [IDLE, IDLE]
+    np.testing.assert_allclose(start.qpos[some], wanted_qpos, atol=1e-6)
+    np.testing.assert_allclose(start.qvel[some], wanted_qvel, atol=1e-6)
+    last = queue.take(some)
+    assert last.seed[some].tolist() == [IDLE, IDLE]
+    assert last.fields[some].tolist() == [[0], [0]]
 
 
 def test_starts_are_drawn_for_two_chunks_ahead():
     seeds = itertools.count()
-    queue = StartQueue(Hopper(), 4, seeds, (torch.zeros(6), torch.zeros(6)), torch.device("cpu"))
+    queue = StartQueue(Hopper(), 4, seeds, PARKED, number)
     for _ in range(2):
         queue.take(torch.ones(4, dtype=torch.bool))
         queue.drop(4)
     assert next(seeds) == 8
     queue.refill()
-    assert queue.take(torch.ones(4, dtype=torch.bool))[0].tolist() == [9, 10, 11, 12]
+    assert queue.take(torch.ones(4, dtype=torch.bool)).seed.tolist() == [9, 10, 11, 12]
 
 
 def test_models_that_warp_lacks_are_refused():
@@ -277,8 +266,6 @@ def test_what_cannot_run_is_refused():
         warp(Counting(), 1, 1)
     with pytest.raises(SimError, match=r"warp has no workers: leave sim.workers out"):
         warp(Hopper(), 1, 1, workers=2)
-    with pytest.raises(SimError, match=r"hopper: MuJoCo Warp steps one model only: leave task.randomize out"):
-        warp(Hopper(randomize={"body_mass": (0.5, 1.5)}), 1, 1)
     with pytest.raises(SimError, match="num_envs must be at least 1, got 0"):
         warp(Hopper(), 0, 1)
     with pytest.raises(SimError, match="hopper: MuJoCo Warp has no device 'cuda:99' here: choose cpu"):
