@@ -81,7 +81,7 @@ class Task(ABC):
     """True where one step takes longer than a message between processes: such tasks run in worker processes."""
     dataset_keys: Mapping[str, DatasetKey]
     """Observation key -> its place in the public demonstrations; only those that are not under their own name."""
-    training_options: Mapping[str, Any] = {}
+    training_options: ClassVar[Mapping[str, Any]] = {}
     """Arguments of the task to learn in, where the reward that evaluation reports is not one to learn from."""
     mirror: Callable[[Arrays], Arrays] | None = None
     """Where the world has a symmetry: arrays [N, ...] of observations and "action" -> those of the mirrored episode."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, final
 
 import numpy as np
@@ -21,6 +21,27 @@ IMAGE = 96
 SUBSTEPS = 10
 SUBSTEP_S = 0.01
 SUCCESS_COVERAGE = 0.95
+
+
+def coverage_reward(before: Any, after: Any, xp: Any = np) -> Any:
+    """gym-pusht's: coverage / 0.95, at most 1, of every step; evaluation reports it.
+
+    Its sum grows with every step that a nearly solved episode goes on, so who learns from it learns not to finish.
+    """
+    return xp.clip(after / SUCCESS_COVERAGE, 0.0, 1.0)
+
+
+def progress_reward(before: Any, after: Any, xp: Any = np) -> Any:
+    """To learn from: what the step has gained of coverage / 0.95, and 1 more when it solves the task.
+
+    Its sum is the coverage at the end less that at the start, however long it took.
+    """
+    gained = xp.clip(after / SUCCESS_COVERAGE, 0.0, 1.0) - xp.clip(before / SUCCESS_COVERAGE, 0.0, 1.0)
+    return gained + xp.where(after > SUCCESS_COVERAGE, 1.0, 0.0)
+
+
+REWARDS: dict[str, Callable[..., Any]] = {"coverage": coverage_reward, "progress": progress_reward}
+"""Coverage before the step, coverage after it, array library -> reward."""
 
 # The nine block key points of the human demonstrations, in the block's frame. Their authors drew them at random inside
 # the block once; the table is the mean of R(-angle) (keypoint - position) over the 13,379 recorded frames in which the
@@ -48,7 +69,7 @@ class PushTEnv(SingleEnv):
     plain floats and the coverage is computed only where the block has moved, against a goal built once.
     """
 
-    def __init__(self, observation: str) -> None:
+    def __init__(self, observation: str, reward: str = "coverage") -> None:
         os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
         self._shapely = optional_module("shapely", "pusht")
         self._scene = optional_module("gym_pusht.envs.pusht", "pusht").PushTEnv(
@@ -59,7 +80,7 @@ class PushTEnv(SingleEnv):
         self._goal = self._polygon(*self._scene.goal_pose)
         self._goal_area = self._goal.area
         self._covered: tuple[tuple[float, float, float], float] = ((math.inf, math.inf, math.inf), 0.0)
-        self._observe = OBSERVATIONS[observation][1]
+        self._observe, self._reward = OBSERVATIONS[observation][1], REWARDS[reward]
 
     def reset(self, seed: int) -> Arrays:
         """Start as gym-pusht does: finger, block position and block angle uniform on the board."""
@@ -81,10 +102,11 @@ class PushTEnv(SingleEnv):
 
     def step(self, action: Array) -> Step:
         """Pull the finger towards the target position action [2] for 0.1 s."""
+        before = self.coverage()
         self._push(float(action[0]), float(action[1]))
         coverage = self.coverage()
         success = coverage > SUCCESS_COVERAGE
-        return Step(self._observe(self), min(coverage / SUCCESS_COVERAGE, 1.0), success, success)
+        return Step(self._observe(self), float(self._reward(before, coverage)), success, success)
 
     def coverage(self) -> float:
         """The share of the goal that the block covers now, in [0, 1]."""
@@ -225,20 +247,28 @@ OBSERVATIONS: dict[str, tuple[dict[str, ArraySpec], Callable[[PushTEnv], Arrays]
 class PushT(Task):
     """Push the T onto the T: 10 Hz, at most 300 steps, done at a coverage above 0.95.
 
-    Actions are target positions of the finger in pixels; the reward of a step is coverage / 0.95, at most 1.
+    Actions are target positions of the finger in pixels.
 
     Args:
         observation: "state" (the finger's position; the block's x, y and cos, sin of its angle), "keypoints" (nine
             points of the block, as in the human demonstrations, and the finger's position) or "image" (96 x 96 as
             in the demonstrations, and the finger's position).
+        reward: "coverage" (gym-pusht's) or "progress" (to learn from).
     """
 
     heavy: ClassVar[bool] = False
+    training_options: ClassVar[Mapping[str, Any]] = {"reward": "progress"}
 
-    def __init__(self, observation: Literal["state", "keypoints", "image"] = "state") -> None:
+    def __init__(
+        self,
+        observation: Literal["state", "keypoints", "image"] = "state",
+        reward: Literal["coverage", "progress"] = "coverage",
+    ) -> None:
         if observation not in OBSERVATIONS:
             raise SimError(f"pusht: observation '{observation}' is unknown, choose one of {sorted(OBSERVATIONS)}")
-        self.observation = observation
+        if reward not in REWARDS:
+            raise SimError(f"pusht: reward '{reward}' is unknown, choose one of {sorted(REWARDS)}")
+        self.observation, self.reward = observation, reward
         self.dataset_keys = {**recorded_state_keys(), "image": DatasetKey("img")}
         self.mirror = mirrored if set(OBSERVATIONS[observation][0]) <= set(_MIRRORED) else None
         self.spec = TaskSpec(
@@ -253,4 +283,4 @@ class PushT(Task):
 
     def make(self) -> PushTEnv:
         """One board."""
-        return PushTEnv(self.observation)
+        return PushTEnv(self.observation, self.reward)

@@ -3,7 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from flowsteer.sim.tasks.pusht import BLOCK_KEYPOINTS, BOARD, PushT, mirrored
+from flowsteer.sim.errors import SimError
+from flowsteer.sim.tasks.pusht import BLOCK_KEYPOINTS, BOARD, PushT, mirrored, progress_reward
 from flowsteer.sim.tasks.pusht_mj import PushTMujoco
 
 zarr = pytest.importorskip("zarr")
@@ -114,6 +115,31 @@ def test_the_recorded_block_pose_is_read_as_it_is_observed():
     keys = PushT().dataset_keys
     np.testing.assert_array_equal(keys["agent_position"].read(state), [[10, 20]])
     np.testing.assert_allclose(keys["block_pose"].read(state), [[30, 40, math.sqrt(3) / 2, 0.5]], rtol=1e-6)
+
+
+def test_the_progress_reward_by_hand():
+    # Coverage / 0.95 from 0.5 to 0.75; beyond 0.95 of the goal there is nothing more to gain, but the 1 for solving it.
+    assert progress_reward(0.475, 0.7125) == pytest.approx(0.25)
+    assert progress_reward(0.475, 0.98) == pytest.approx(0.5 + 1.0)
+    assert progress_reward(0.7125, 0.475) == pytest.approx(-0.25)
+
+
+def test_progress_adds_up_to_what_has_been_covered():
+    env = PushT(reward="progress").make()
+    shift = 30 / math.sqrt(2)
+    env.set_state(np.array([50.0, 400.0, 256.0 + shift, 256.0 + shift, math.pi / 4]))
+    start, total = env.coverage(), 0.0
+    for _ in range(15):
+        total += env.step(np.array([300.0, 330.0])).reward
+    assert env.coverage() != pytest.approx(start, abs=0.02)
+    assert total == pytest.approx((env.coverage() - start) / 0.95)
+
+
+def test_learning_has_another_reward_than_evaluation():
+    assert PushT().reward == "coverage"
+    assert PushT(**PushT.training_options).reward == "progress"
+    with pytest.raises(SimError, match=r"pusht: reward 'progres' is unknown, choose one of \['coverage', 'progress'\]"):
+        PushT(reward="progres")
 
 
 def test_the_mirror_image_by_hand():
