@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import os
 import socket
-import warnings
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any, final
@@ -19,13 +17,13 @@ from typing import Any, final
 import numpy as np
 
 from flowsteer.sim import ray_connection
+from flowsteer.sim.dealing import CLOSE_TIMEOUT_S, START_TIMEOUT_S, Dealing
 from flowsteer.sim.errors import SimError
 from flowsteer.sim.pool import LocalPool, Pool
 from flowsteer.sim.rollout_pool import RolloutPool
-from flowsteer.sim.slot import OUTCOME, Outcomes, window_arrays
+from flowsteer.sim.slot import Outcomes, window_arrays
 from flowsteer.sim.tasks.base import Array, Arrays, Task
 from flowsteer.sim.tasks.mujoco_task import MujocoTask
-from flowsteer.sim.worker_pool import CLOSE_TIMEOUT_S, MAX_DEATHS, START_TIMEOUT_S
 
 
 @final
@@ -88,13 +86,14 @@ class RayPool(Pool):
         self.windows = {key: np.zeros(shape, dtype) for key, (shape, dtype) in arrays.items()}
         self._actors: dict[int, Any] = {}
         self._places: dict[int, str] = {}
-        self._deaths: Counter[int] = Counter()
         self._connection = ray_connection.CONNECTION
         self._ray = self._connection.open()
         self._open = True
         try:
             self._workers = min(num_envs, self._room(workers))
-            self._indices = [tuple(range(w, num_envs, self._workers)) for w in range(self._workers)]
+            remedy = "see `ray status`, or try sim.backend=gym"
+            worker = f"{task.spec.name}: the Ray worker"
+            self._dealing = Dealing(num_envs, self._workers, worker, remedy, self.close)
             self._hire(range(self._workers))
             if not self._actors:
                 raise SimError(f"{task.spec.name}: Ray has started none of {self._workers} workers; see `ray status`")
@@ -104,7 +103,7 @@ class RayPool(Pool):
 
     def start(self, seeds: Mapping[int, int]) -> None:
         """See `Pool`. The episodes of an actor that dies here are lost, which the next `run` tells."""
-        parts = self._deal(seeds)
+        parts = self._dealing.parts(seeds)
         self._hire(w for w in parts if w not in self._actors)
         requests = {w: ({i // self._workers: seeds[i] for i in part},) for w, part in parts.items()}
         for w, windows in self._ask("start", requests, self._timeout_s).items():
@@ -112,18 +111,16 @@ class RayPool(Pool):
 
     def run(self, actions: Mapping[int, Array]) -> tuple[Outcomes, set[int]]:
         """See `Pool`."""
-        parts = self._deal(actions)
+        parts = self._dealing.parts(actions)
         requests = {
             w: ([i // self._workers for i in part], np.stack([actions[i] for i in part])) for w, part in parts.items()
         }
-        outcomes, lost = np.zeros(len(actions), dtype=OUTCOME), set(actions)
-        place = {i: row for row, i in enumerate(actions)}
-        for w, (rows, gone, windows) in self._ask("run", requests, self._timeout_s).items():
-            self._deaths[w] = 0
-            outcomes[[place[i] for i in parts[w]]] = rows
-            lost -= set(parts[w]) - {self._indices[w][i] for i in gone}
+        answers = self._ask("run", requests, self._timeout_s)
+        for w, (_, _, windows) in answers.items():
             self._show(parts[w], windows)
-        return outcomes, lost
+        indices = self._dealing.indices
+        told = {w: (rows, {indices[w][i] for i in gone}) for w, (rows, gone, _) in answers.items()}
+        return self._dealing.collect(actions, told)
 
     def close(self) -> None:
         """See `Pool`. Ray itself goes on where it ran before, or where another pool needs it."""
@@ -146,11 +143,6 @@ class RayPool(Pool):
             raise SimError(f"the Ray cluster has {cpus} CPUs, too few for {wanted} workers: choose fewer: sim.workers=")
         return wanted
 
-    def _deal(self, content: Mapping[int, Any]) -> dict[int, list[int]]:
-        """{worker: environments} of those named in `content`, without the workers that have none of them."""
-        parts = {w: [i for i in own if i in content] for w, own in enumerate(self._indices)}
-        return {w: part for w, part in parts.items() if part}
-
     def _show(self, envs: list[int], windows: Arrays) -> None:
         for key, rows in windows.items():
             self.windows[key][envs] = rows
@@ -161,7 +153,7 @@ class RayPool(Pool):
         actor = self._ray.remote(Crew).options(num_cpus=self._connection.cpus_per_worker)
         self._actors |= {w: actor.remote() for w in hired}
         self._places |= dict.fromkeys(hired, "not placed")
-        requests = {w: (self._task, len(self._indices[w]), self._observation_steps) for w in hired}
+        requests = {w: (self._task, len(self._dealing.indices[w]), self._observation_steps) for w in hired}
         self._places |= self._ask("make", requests, START_TIMEOUT_S)
 
     def _ask(self, method: str, requests: Mapping[int, tuple[Any, ...]], timeout_s: float) -> dict[int, Any]:
@@ -196,10 +188,4 @@ class RayPool(Pool):
     def _bury(self, w: int, reason: str) -> None:
         with suppress(self._ray.exceptions.RayError):
             self._ray.kill(self._actors.pop(w))
-        self._deaths[w] += 1
-        envs = list(self._indices[w])
-        what = f"{self._task.spec.name}: the Ray worker of environments {envs} {reason}, {self._places.pop(w)}"
-        if self._deaths[w] >= MAX_DEATHS:
-            self.close()
-            raise SimError(f"{what}, {MAX_DEATHS} times in a row: see `ray status`, or try sim.backend=gym")
-        warnings.warn(f"{what}; their episodes are lost and a new worker takes over", RuntimeWarning, stacklevel=2)
+        self._dealing.bury(w, f"{reason}, {self._places.pop(w)}")

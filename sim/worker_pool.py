@@ -10,30 +10,20 @@ from __future__ import annotations
 import math
 import multiprocessing
 import time
-import warnings
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from ctypes import c_byte
 from multiprocessing.connection import wait
 from typing import Any, final
 
-import numpy as np
-
 from flowsteer.sim.cores import SINGLE_THREADED
+from flowsteer.sim.dealing import CLOSE_TIMEOUT_S, START_TIMEOUT_S, Dealing
 from flowsteer.sim.environ import environment
 from flowsteer.sim.errors import SimError
 from flowsteer.sim.pool import Pool
-from flowsteer.sim.slot import OUTCOME, Outcomes, window_arrays
+from flowsteer.sim.slot import Outcomes, window_arrays
 from flowsteer.sim.tasks.base import Array, Task
 from flowsteer.sim.worker_process import SharedArrays, serve, views
-
-START_TIMEOUT_S = 300.0
-"""A fresh worker imports its simulator, which may compile on first use."""
-CLOSE_TIMEOUT_S = 2.0
-"""What all workers together get to end by themselves."""
-MAX_DEATHS = 3
-"""So many deaths of one worker without a finished chunk in between, and the pool gives up."""
 
 # A fresh interpreter each: the fork of a process that has threads or an OpenGL context may hang.
 _CONTEXT = multiprocessing.get_context("spawn")
@@ -98,28 +88,22 @@ class WorkerPool(Pool):
             for key, (shape, dtype) in window_arrays(task.spec, num_envs, observation_steps).items()
         }
         self.windows = views(self._shared)
-        self._indices = [tuple(range(w, num_envs, workers)) for w in range(min(workers, num_envs))]
+        remedy = "the simulator cannot run here; try with workers=0"
+        self._dealing = Dealing(num_envs, workers, f"{task.spec.name}: the worker", remedy, self.close)
         self._workers: dict[int, _Worker] = {}
-        self._deaths: Counter[int] = Counter()
-        self._hire(range(len(self._indices)))
+        self._hire(range(len(self._dealing.indices)))
 
     def start(self, seeds: Mapping[int, int]) -> None:
         """See `Pool`. The episodes of a worker that dies here are lost, which the next `run` tells."""
-        parts = self._deal(seeds)
+        parts = self._dealing.parts(seeds)
         self._hire(w for w in parts if w not in self._workers)
-        self._ask("start", parts)
+        self._ask("start", {w: {i: seeds[i] for i in part} for w, part in parts.items()})
 
     def run(self, actions: Mapping[int, Array]) -> tuple[Outcomes, set[int]]:
         """See `Pool`."""
-        parts = self._deal(actions)
-        outcomes, lost = np.zeros(len(actions), dtype=OUTCOME), set(actions)
-        place = {i: row for row, i in enumerate(actions)}
-        for w, rows in self._ask("run", parts).items():
-            self._deaths[w] = 0
-            for i, row in zip(parts[w], rows, strict=True):
-                outcomes[place[i]] = row
-                lost.remove(i)
-        return outcomes, lost
+        parts = self._dealing.parts(actions)
+        answers = self._ask("run", {w: {i: actions[i] for i in part} for w, part in parts.items()})
+        return self._dealing.collect(actions, {w: (rows, set()) for w, rows in answers.items()})
 
     def close(self) -> None:
         """See `Pool`."""
@@ -130,15 +114,10 @@ class WorkerPool(Pool):
             worker.end(patience_s=max(0.0, deadline - time.monotonic()))
         self._workers.clear()
 
-    def _deal(self, content: Mapping[int, Any]) -> dict[int, dict[int, Any]]:
-        """{environment: value} -> {worker: {environment: value}} of the workers that have any of them."""
-        parts = {w: {i: content[i] for i in own if i in content} for w, own in enumerate(self._indices)}
-        return {w: part for w, part in parts.items() if part}
-
     def _hire(self, numbers: Iterable[int]) -> None:
         """Start the workers named, all at once."""
         hired = set(numbers)
-        self._workers |= {w: _Worker(self._task, self._indices[w], self._shared) for w in hired}
+        self._workers |= {w: _Worker(self._task, self._dealing.indices[w], self._shared) for w in hired}
         self._gather(hired, START_TIMEOUT_S)
 
     def _ask(self, method: str, parts: Mapping[int, Any]) -> dict[int, Any]:
@@ -176,10 +155,4 @@ class WorkerPool(Pool):
     def _bury(self, w: int, reason: str, patience_s: float) -> None:
         worker = self._workers.pop(w)
         worker.hang_up()
-        ending = worker.end(patience_s)
-        self._deaths[w] += 1
-        what = f"{self._task.spec.name}: the worker of environments {list(self._indices[w])} {reason} ({ending})"
-        if self._deaths[w] >= MAX_DEATHS:
-            self.close()
-            raise SimError(f"{what}, {MAX_DEATHS} times in a row: the simulator cannot run here; try with workers=0")
-        warnings.warn(f"{what}; their episodes are lost and a new worker takes over", RuntimeWarning, stacklevel=2)
+        self._dealing.bury(w, f"{reason} ({worker.end(patience_s)})")
