@@ -20,7 +20,7 @@ def help_text(command: str, summary: str, composed: Composed) -> str:
     lines = [f"{command}: {summary}", "", f"usage: {command} option=value ... {choices}[-m]", ""]
     if composed.chosen:
         known = groups()
-        rows = [(f"{g}={c}", " | ".join(known[g])) for g, c in composed.chosen.items() if c is not None]
+        rows = [(f"{g}={'null' if c is None else c}", " | ".join(known[g])) for g, c in composed.chosen.items()]
         lines += ["choices (each brings its own options)", *_aligned(rows), ""]
     lines += ["options and their values now (??? must be given)", *_aligned(list(_rows(composed.config, "")))]
     lines += [

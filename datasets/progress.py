@@ -88,7 +88,7 @@ class ProgressBar:
         pace = f"{rate:.{1 if rate >= 1 else 3}f} {self._unit}/s"
         if self._total is None:
             return pace
-        return f"{pace}  {format_duration((self._total - self._done) / rate if rate > 0 else math.inf)} left"
+        return f"{pace}  {format_duration(max(0.0, self._total - self._done) / rate if rate > 0 else math.inf)} left"
 
 
 _running: list[ProgressBar] = []

@@ -11,7 +11,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from flowsteer.cli import collect, demo, eval, train
+from flowsteer.cli import collect, demo, eval, finetune, train
 from flowsteer.cli.application import Application, Job
 from flowsteer.configs import groups
 from flowsteer.policies.build import build
@@ -57,7 +57,7 @@ def test_every_combination_of_choices_builds(policy: str, network: str, encoder:
     assert sum(parameter.numel() for parameter in built.parameters() if torch.is_floating_point(parameter)) > 0
 
 
-@pytest.mark.parametrize("application", [train.application, eval.main, collect.main, demo.main])
+@pytest.mark.parametrize("application", [train.application, finetune.application, eval.main, collect.main, demo.main])
 def test_launchers_can_send_a_job_to_another_process(application: Application, tmp_path: Path) -> None:
     """Submitit, joblib and ray pickle with cloudpickle; on the other side only the installed package is there."""
     job = tmp_path / "job.pkl"
