@@ -38,15 +38,19 @@ def inspect(args: Sequence[str]) -> int:
 
 
 def convert(args: Sequence[str]) -> int:
-    """`flowsteer data convert SRC DST`."""
+    """`flowsteer data convert SRC DST [--observe]`."""
+    from flowsteer.cli.observe import hint, observe
     from flowsteer.datasets.opening import WRITERS
     from flowsteer.datasets.opening import convert as write
 
     parser = Parser("flowsteer data convert", description=COMMANDS["convert"].summary)
     parser.add_argument("source", help="a data set of any known form")
     parser.add_argument("target", type=Path, help=f"a new name that ends in {', '.join(WRITERS)}")
+    parser.add_argument(
+        "--observe", action="store_true", help="add what robosuite observes in the simulator states of a raw demo.hdf5"
+    )
     options = parser.parse_args(args)
-    print(write(options.source, options.target))
+    print(write(options.source, options.target, observe if options.observe else hint))
     return 0
 
 

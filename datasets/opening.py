@@ -17,7 +17,7 @@ from flowsteer.datasets.errors import DataError, in_one_line
 from flowsteer.datasets.progress import ProgressBar
 from flowsteer.datasets.replay_buffer import Array, ReplayBuffer, check_episode_ends, missing_key_error
 from flowsteer.datasets.source import Column, Reader, Source
-from flowsteer.datasets.temporary import allocate, has_room
+from flowsteer.datasets.temporary import allocate, check_absent, has_room
 
 # The first that accepts a path opens it: a Minari file is also an HDF5 file, a zipped zarr store also an archive.
 READERS: tuple[Reader, ...] = (
@@ -117,8 +117,12 @@ def _known(path: Path) -> bool:
     return any(reader.accepts(path) for reader in READERS)
 
 
-def convert(source: Path | str, target: Path | str) -> Path:
+def convert(
+    source: Path | str, target: Path | str, change: Callable[[ReplayBuffer], ReplayBuffer] = lambda buffer: buffer
+) -> Path:
     """Write the demonstrations at `source` in the format that the name of `target` asks for (.zarr, .hdf5, .h5).
+
+    change: makes of what was read what is written.
 
     Raises:
         DataError: if either is wrong; then nothing is left behind at `target`.
@@ -126,7 +130,8 @@ def convert(source: Path | str, target: Path | str) -> Path:
     suffix = Path(target).suffix
     if suffix not in WRITERS:
         raise DataError(f"{target}: cannot tell the format from '{suffix}': end the name in {', '.join(WRITERS)}")
-    return WRITERS[suffix](open_dataset(source, in_memory=False), Path(target))
+    check_absent(Path(target))
+    return WRITERS[suffix](change(open_dataset(source, in_memory=False)), Path(target))
 
 
 def _load(source: Source, key: str, *, in_memory: bool, image_size: tuple[int, int] | None) -> Array:

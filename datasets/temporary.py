@@ -26,8 +26,8 @@ def replaced_by(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         DataError: if `target` exists otherwise, or writing failed (full disk, no permission); the temporary is removed.
     """
-    if target.exists() and not (overwrite and target.is_file()):
-        raise DataError(f"{target}: already exists: remove it or choose another name")
+    if not (overwrite and target.is_file()):
+        check_absent(target)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -38,6 +38,16 @@ def replaced_by(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise DataError(f"{target}: cannot be written ({reason}): free disk space or choose another place") from error
     finally:
         remove(partial)
+
+
+def check_absent(target: Path) -> None:
+    """Refuse to write where something is.
+
+    Raises:
+        DataError: if `target` exists.
+    """
+    if target.exists():
+        raise DataError(f"{target}: already exists: remove it or choose another name")
 
 
 @final

@@ -254,22 +254,6 @@ def record(
     return _joined(task, kept)
 
 
-def observations_from_states(task: RobosuiteTask, states: Array) -> Arrays:
-    """What a robosuite task observes in recorded MuJoCo states [N, 1 + nq + nv], as {key: [N, ...]}.
-
-    For demonstrations that keep states and no observations, such as robosuite's own `demo.hdf5`, of 1.4 too: the
-    worlds have the same joints. The cube's size, which is not in the state, plays no part in what is observed
-    without cameras.
-
-    Raises:
-        SimError: the states are of another world.
-    """
-    with closing(task.make()) as env:
-        env.reset(0)
-        seen = [env.set_state(state) for state in states]
-    return {key: np.stack([observation[key] for observation in seen]) for key in task.spec.observations}
-
-
 def _joined(task: Task, rollouts: list[Rollout]) -> CollectedEpisodes:
     data = {key: np.concatenate([r.observations[key] for r in rollouts]) for key in task.spec.observations}
     data["action"] = np.concatenate([r.actions for r in rollouts])

@@ -6,11 +6,12 @@ import pytest
 from counting import Counting
 from counting_experts import CountUp, DiesInEpisode5
 
-from flowsteer.sim.collect import ActionNoise, collect, observations_from_states, record
+from flowsteer.sim.collect import ActionNoise, collect, record
 from flowsteer.sim.errors import SimError
 from flowsteer.sim.experts import ArmLiftExpert, Expert, LiftExpert
 from flowsteer.sim.tasks.arm_lift import HOME, ArmLift
 from flowsteer.sim.tasks.robosuite import Can, Lift, task_from_env_args
+from flowsteer.sim.tasks.robosuite_states import observations_from_states
 
 NOISE = ActionNoise(std=0.2, correlation=0.5, pause_probability=0.05)
 
