@@ -30,6 +30,7 @@ BENCHMARKS: dict[str, Command] = {
     "latency": Command("flowsteer.cli.bench_latency:main", "time per chunk at batch 1, beside a diffusers scheduler"),
     "sim": Command("flowsteer.cli.bench_sim:main", "env steps per second of each back end, beside Gymnasium's"),
     "backends": Command("flowsteer.cli.bench_backends:main", "whether two back ends agree: returns, states"),
+    "experts": Command("flowsteer.cli.bench_experts:main", "how often the scripted experts succeed, by noise"),
     "cloning": Command("flowsteer.cli.bench_cloning:main", "judged runs in one table and one plot"),
 }
 
@@ -56,9 +57,9 @@ class _Benchmark:
     def __call__(self, config: DictConfig, folder: Path) -> None:
         file = folder / config.get("name", self.name)
         result = self.measure(config)
-        made_by = shlex.join(["flowsteer", "bench", self.name, *HydraConfig.get().overrides.task])
+        command = made_by("bench", self.name)
         write_json(
-            file.with_suffix(".json"), {"command": made_by, **result, "machine": machine(), "versions": versions()}
+            file.with_suffix(".json"), {"command": command, **result, "machine": machine(), "versions": versions()}
         )
         if self.plot is not None:
             self.plot(result, file.with_suffix(".png"))
@@ -77,6 +78,11 @@ def benchmark(name: str, summary: str, config: type, measure: Measure, plot: Plo
     """
     run = _Benchmark(name, measure, plot)
     return Application(f"bench_{name}", summary, config, run, lambda composed: Path("runs/bench"))
+
+
+def made_by(*words: str) -> str:
+    """The command line that is running: the words of the subcommand, then its options."""
+    return shlex.join(["flowsteer", *words, *HydraConfig.get().overrides.task])
 
 
 def machine() -> dict[str, Any]:
