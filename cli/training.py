@@ -20,7 +20,7 @@ from flowsteer.cli.errors import UsageError
 from flowsteer.cli.judging import Evaluate, make_evaluation
 from flowsteer.cli.run_log import RunLog, Silent
 from flowsteer.datasets.batches import Batches, epoch_batches
-from flowsteer.datasets.key_statistics import statistics
+from flowsteer.datasets.key_statistics import statistics, statistics_of
 from flowsteer.datasets.replay_buffer import ACTION
 from flowsteer.datasets.splits import Mask, split_episodes
 from flowsteer.datasets.windows import Batch, Windows
@@ -33,6 +33,8 @@ from flowsteer.sim.files import replacing
 from flowsteer.sim.tasks.base import Task
 
 CONFIG = "config.yaml"
+STATISTICS_BATCH = 1024
+"""Windows that are looked at in one go, to learn how far actions lead."""
 
 
 @final
@@ -103,7 +105,7 @@ def _cloning(
         pin_memory=accelerator.device.type == "cuda",
     )
     stack.callback(batches.close)
-    policy = _policy(config, demonstrations, train)
+    policy = _policy(config, demonstrations, train, windows)
     cloning = Cloning(
         policy,
         loop_options(config),
@@ -141,12 +143,16 @@ def _windows(demonstrations: Demonstrations, episodes: Any) -> Windows:
     )
 
 
-def _policy(config: DictConfig, demonstrations: Demonstrations, episodes: Any) -> Policy:
-    """An untrained policy whose normaliser knows the training episodes."""
+def _policy(config: DictConfig, demonstrations: Demonstrations, episodes: Mask, windows: Windows) -> Policy:
+    """An untrained policy whose normaliser knows the training episodes, and what it makes of their windows' actions."""
     spec = demonstrations.spec
     policy: Policy = build(config.policy, spec=spec)
     keys = [key for key, array in spec.observations.items() if array.dtype != "uint8"]
-    policy.fit_normalizer(statistics(demonstrations.buffer, [*keys, ACTION], episodes))
+    known = statistics(demonstrations.buffer, [*keys, ACTION], episodes)
+    if policy.relative_to is not None:
+        batches = epoch_batches(windows, STATISTICS_BATCH)
+        known[ACTION] = statistics_of(policy.relative(b[ACTION], b["obs"]).flatten(0, 1).numpy() for b in batches)
+    policy.fit_normalizer(known)
     return policy
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import numpy as np
@@ -52,16 +52,11 @@ def statistics(
     return {key: _of_key(buffer, key, mask) for key in keys}
 
 
-def _of_key(buffer: ReplayBuffer, key: str, mask: NDArray[np.bool_]) -> KeyStatistics:
-    array = buffer.array(key)
-    shape = array.shape[-1:] if is_image(array) else (array.shape[1:] or (1,))
-    low, high = np.full(shape, np.inf), np.full(shape, -np.inf)
-    mean, squares, count = np.zeros(shape), np.zeros(shape), 0
-    for start, block in _episode_blocks(buffer, array, mask):
-        bad = non_finite_rows(block)
-        if bad.size:
-            raise non_finite_error(buffer.source, key, start + int(bad[0]), buffer.episode_ends)
-        values = _as_samples(array, block)
+def statistics_of(blocks: Iterable[NDArray[Any]]) -> KeyStatistics:
+    """Of the rows of all blocks [N, ...] together, in one pass and float64; `count` is their number."""
+    low, high, mean, squares, count = np.array(np.inf), np.array(-np.inf), np.array(0.0), np.array(0.0), 0
+    for block in blocks:
+        values = np.asarray(block, dtype=np.float64)
         low, high = np.minimum(low, values.min(axis=0)), np.maximum(high, values.max(axis=0))
         # Chan, Golub and LeVeque 1979: the exact merge of two sets' means and sums of squared deviations.
         shift, share = values.mean(axis=0) - mean, len(values) / (count + len(values))
@@ -69,7 +64,21 @@ def _of_key(buffer: ReplayBuffer, key: str, mask: NDArray[np.bool_]) -> KeyStati
         mean, count = mean + shift * share, count + len(values)
     constant = low == high
     std = np.where(constant, 0.0, np.sqrt(squares / max(1, count)))
-    return KeyStatistics(low, high, np.where(constant, low, mean), std, int(buffer.episode_lengths[mask].sum()))
+    return KeyStatistics(low, high, np.where(constant, low, mean), std, count)
+
+
+def _of_key(buffer: ReplayBuffer, key: str, mask: NDArray[np.bool_]) -> KeyStatistics:
+    found = statistics_of(_samples(buffer, key, mask))
+    return replace(found, count=int(buffer.episode_lengths[mask].sum()))
+
+
+def _samples(buffer: ReplayBuffer, key: str, mask: NDArray[np.bool_]) -> Iterator[Vector]:
+    array = buffer.array(key)
+    for start, block in _episode_blocks(buffer, array, mask):
+        bad = non_finite_rows(block)
+        if bad.size:
+            raise non_finite_error(buffer.source, key, start + int(bad[0]), buffer.episode_ends)
+        yield _as_samples(array, block)
 
 
 def _episode_blocks(buffer: ReplayBuffer, array: Array, mask: NDArray[np.bool_]) -> Iterator[tuple[int, NDArray[Any]]]:

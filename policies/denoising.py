@@ -70,7 +70,7 @@ class DenoisingPolicy(Policy, ABC):
         solver: "transition" (one evaluation a step), "heun" or "dpm_solver_2m".
         clip: bound of |a_hat| while sampling, in normalised units; None for no bound. Only "min_max" tells what range
             the actions fill, so any other normaliser of the action needs None.
-        normalizers: see `Policy`.
+        normalizers, relative_to: see `Policy`.
 
     Raises:
         PolicyError: an option is unknown or out of its range, or two of them do not go together.
@@ -91,8 +91,9 @@ class DenoisingPolicy(Policy, ABC):
         solver: str,
         clip: float | None,
         normalizers: Mapping[str, str] | None,
+        relative_to: str | None,
     ) -> None:
-        super().__init__(spec, encoder, normalizers)
+        super().__init__(spec, encoder, normalizers, relative_to)
         if not 0 <= eta <= 1 or (clip is not None and not clip > 0):
             raise PolicyError(f"policy.eta must be in [0, 1] and policy.clip positive or null, got {eta} and {clip}")
         kind = self.normalizers.get(ACTION, "min_max")
@@ -220,13 +221,13 @@ class DiffusionPolicy(DenoisingPolicy):
         solver: str = "transition",
         clip: float | None = 1.0,
         normalizers: Mapping[str, str] | None = None,
+        relative_to: str | None = None,
     ) -> None:
         path = VariancePreservingPath(pick(BETAS, betas, "betas"), train_steps)
         # The first knot is the cleanest state that the discrete schedule knows.
         min_time = 1 / train_steps
-        super().__init__(
-            spec, encoder, network, path, prediction, times, min_time, steps, start, eta, solver, clip, normalizers
-        )
+        numbers = (prediction, times, min_time, steps, start, eta, solver, clip)
+        super().__init__(spec, encoder, network, path, *numbers, normalizers, relative_to)
 
 
 @final
@@ -246,7 +247,7 @@ class FlowPolicy(DenoisingPolicy):
         solver: str = "transition",
         clip: float | None = 1.0,
         normalizers: Mapping[str, str] | None = None,
+        relative_to: str | None = None,
     ) -> None:
-        super().__init__(
-            spec, encoder, network, LinearPath(), prediction, times, 1e-3, steps, start, eta, solver, clip, normalizers
-        )
+        numbers = (prediction, times, 1e-3, steps, start, eta, solver, clip)
+        super().__init__(spec, encoder, network, LinearPath(), *numbers, normalizers, relative_to)

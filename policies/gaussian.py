@@ -27,7 +27,7 @@ class GaussianPolicy(Policy):
         hidden: widths of the hidden layers.
         min_std: floor of the standard deviation, in normalised units.
         temperature: scale of the noise when sampling; 0 acts with the mean.
-        normalizers: see `Policy`.
+        normalizers, relative_to: see `Policy`.
 
     Raises:
         PolicyError: `min_std` is not positive or `temperature` is negative.
@@ -41,8 +41,9 @@ class GaussianPolicy(Policy):
         min_std: float = 0.01,
         temperature: float = 0.0,
         normalizers: Mapping[str, str] | None = None,
+        relative_to: str | None = None,
     ) -> None:
-        super().__init__(spec, encoder, normalizers)
+        super().__init__(spec, encoder, normalizers, relative_to)
         if not min_std > 0:
             raise PolicyError(f"policy.min_std must be positive, got {min_std:g}")
         if not temperature >= 0:

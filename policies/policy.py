@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from flowsteer.policies.encoders.base import EncoderFactory
 from flowsteer.policies.errors import PolicyError
@@ -40,9 +41,20 @@ class Policy(nn.Module, ABC):
         encoder: builds the encoder from the observation specs.
         normalizers: "min_max", "mean_std" or "identity" per key, the action's under "action"; what is not named is
             "min_max", or as the encoder wants it.
+        relative_to: a low-dimensional observation that the actions are the targets of: inside, the first channels of a
+            chunk are relative to its last observed value; null for absolute actions.
+
+    Raises:
+        PolicyError: an option names what the policy does not observe, or is wider than the action.
     """
 
-    def __init__(self, spec: PolicySpec, encoder: EncoderFactory, normalizers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        spec: PolicySpec,
+        encoder: EncoderFactory,
+        normalizers: Mapping[str, str] | None = None,
+        relative_to: str | None = None,
+    ) -> None:
         super().__init__()
         self.spec = spec
         self.encoder = encoder(spec.observations)
@@ -51,6 +63,13 @@ class Policy(nn.Module, ABC):
         unknown = set(self.normalizers) - {*widths, ACTION}
         if unknown:
             raise PolicyError(f"normalizers names {sorted(unknown)}, the policy has {sorted([*widths, ACTION])}")
+        if relative_to is not None and not widths.get(relative_to, math.inf) <= spec.action_dim:
+            fitting = sorted(key for key, width in widths.items() if width <= spec.action_dim)
+            raise PolicyError(
+                f"policy.relative_to={relative_to} is no observation of at most {spec.action_dim} numbers, as wide as "
+                f"the action; fitting: {', '.join(fitting) or 'none'}"
+            )
+        self.relative_to = relative_to
         self.normalizer = Normalizer({**widths, ACTION: spec.action_dim})
 
     @abstractmethod
@@ -82,9 +101,19 @@ class Policy(nn.Module, ABC):
         return features
 
     @final
+    def relative(self, action: Tensor, obs: Observation) -> Tensor:
+        """Chunks [B, Tp, Da] in physical units as this policy sees them: relative to what is observed, if it is so."""
+        return action - self._origin(obs)
+
+    @final
+    def physical(self, a: Tensor, obs: Observation) -> Tensor:
+        """Normalised chunks [B, Tp, Da] in physical units, absolute."""
+        return self.normalizer.unnormalize(ACTION, a) + self._origin(obs)
+
+    @final
     def loss(self, batch: Mapping[str, Any], draws: Draws | None = None) -> Loss:
         """Cloning loss of a batch {"obs": {key: [B, To, ...]}, "action": [B, Tp, Da]} in physical units."""
-        action = self.normalizer.normalize(ACTION, batch[ACTION])
+        action = self.normalizer.normalize(ACTION, self.relative(batch[ACTION], batch["obs"]))
         if draws is None:
             draws = self.draw(len(action))
         moved = tuple(draw.to(action.device) for draw in draws)
@@ -102,12 +131,19 @@ class Policy(nn.Module, ABC):
             noise: [B, Tp, Da] the starting noise; drawn from `generator` when not given.
             generator: one for the batch or one per row.
         """
-        return self.normalizer.unnormalize(ACTION, self._sample(self.features(obs), noise, generator))
+        return self.physical(self._sample(self.features(obs), noise, generator), obs)
 
     @final
     def act(self, obs: Observation, *, noise: Tensor | None = None, generator: Generators = None) -> Tensor:
         """The part of the chunk that is executed, [B, Ta, Da] in physical units; arguments as `predict`."""
         return self.predict(obs, noise=noise, generator=generator)[:, self.spec.executed]
+
+    def _origin(self, obs: Observation) -> Tensor | float:
+        """What chunks are relative to, [B, 1, Da]."""
+        if self.relative_to is None:
+            return 0.0
+        last = obs[self.relative_to][:, -1].flatten(1)
+        return functional.pad(last, (0, self.spec.action_dim - last.shape[1]))[:, None]
 
     def _normalized(self, key: str, array: ArraySpec, obs: Observation) -> Tensor:
         if key not in obs:

@@ -18,7 +18,7 @@ from flowsteer.policies.choices import pick
 from flowsteer.policies.denoising import DenoisingPolicy
 from flowsteer.policies.networks.base import Features
 from flowsteer.policies.networks.staged import StagedNetwork
-from flowsteer.policies.policy import ACTION, Observation, Policy
+from flowsteer.policies.policy import Observation, Policy
 from flowsteer.policies.samplers import Gaussian, randn, transition, uniform_grid
 from flowsteer.rl_finetune.algorithm import Algorithm, Explored, Memory, Step
 from flowsteer.rl_finetune.errors import FinetuneError
@@ -115,7 +115,7 @@ class DPPO(Algorithm):
             chain.append(x)
             means.append(gaussian.mean)
             log_probs.append(self._log_prob(gaussian, x))
-        actions = policy.normalizer.unnormalize(ACTION, x)[:, spec.executed]
+        actions = policy.physical(x, obs)[:, spec.executed]
         memory = {"chain": torch.stack(chain, 1), "mean": torch.stack(means, 1), "log_prob": torch.stack(log_probs, 1)}
         return Explored(actions, memory)
 

@@ -16,7 +16,7 @@ from flowsteer.policies.choices import pick
 from flowsteer.policies.denoising import DenoisingPolicy
 from flowsteer.policies.networks.base import Features
 from flowsteer.policies.paths import expand
-from flowsteer.policies.policy import ACTION, Observation, Policy
+from flowsteer.policies.policy import Observation, Policy
 from flowsteer.policies.samplers import randn
 from flowsteer.rl_finetune.algorithm import Algorithm, Explored, Memory, Step
 from flowsteer.rl_finetune.errors import FinetuneError
@@ -94,7 +94,7 @@ class FPO(Algorithm):
         t, eps = (part.reshape(self.pairs, len(a), *part.shape[1:]).transpose(0, 1) for part in drawn)
         memory = {"chunk": a, "time": t.to(a.device), "noise": eps.to(a.device)}
         memory["loss"] = self._losses(cond, memory, torch.arange(len(a), device=a.device))
-        return Explored(policy.normalizer.unnormalize(ACTION, a)[:, policy.spec.executed], memory)
+        return Explored(policy.physical(a, obs)[:, policy.spec.executed], memory)
 
     def step(self, features: Tensor, memory: Memory, decision: Tensor, row: Tensor, advantage: Tensor) -> Step:
         """PPO's surrogate with log r = L_old - L_new."""

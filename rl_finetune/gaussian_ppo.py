@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flowsteer.policies.choices import pick
 from flowsteer.policies.gaussian import GaussianPolicy
-from flowsteer.policies.policy import ACTION, Observation, Policy
+from flowsteer.policies.policy import Observation, Policy
 from flowsteer.policies.samplers import Gaussian, randn
 from flowsteer.rl_finetune.algorithm import Algorithm, Explored, Memory, Step
 from flowsteer.rl_finetune.errors import FinetuneError
@@ -58,7 +58,7 @@ class GaussianPPO(Algorithm):
         policy = self.tuned
         gaussian = policy.distribution(policy.features(obs))
         a = gaussian.mean + gaussian.std * randn(gaussian.mean.shape, generator, gaussian.mean.device)
-        actions = policy.normalizer.unnormalize(ACTION, a)[:, policy.spec.executed]
+        actions = policy.physical(a, obs)[:, policy.spec.executed]
         return Explored(actions, {"chunk": a, "log_prob": self._log_prob(gaussian, a)})
 
     def step(self, features: Tensor, memory: Memory, decision: Tensor, row: Tensor, advantage: Tensor) -> Step:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from flowsteer.policies.policy import ACTION, Policy
+from flowsteer.rl_finetune.errors import FinetuneError
 from flowsteer.sim.vec_env import VecEnv
 
 DECISIONS = 50
@@ -39,7 +40,12 @@ def fit_to_random_actions(policy: Policy, env: VecEnv, first_seed: int) -> None:
         policy: its normaliser knows nothing yet.
         env: N environments; they are left in the middle of an episode.
         first_seed: of the N or more episodes.
+
+    Raises:
+        FinetuneError: the policy's actions are relative.
     """
+    if policy.relative_to is not None:
+        raise FinetuneError("policy.relative_to needs demonstrations, which say how far actions lead: set it to null")
     generator = torch.Generator().manual_seed(first_seed)
     low, high = (torch.tensor(limit, dtype=torch.float32) for limit in (env.spec.action_low, env.spec.action_high))
     obs = env.reset(iter(range(first_seed, first_seed + env.num_envs * DECISIONS)))

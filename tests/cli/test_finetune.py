@@ -121,6 +121,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
         ((f"checkpoint={trained}", "algo=dpo"), 2, "algo 'dpo' is unknown; nearest: dppo"),
         ((f"checkpoint={trained}", "train.lr=-1"), 1, "train.lr must be positive and finite, got -1"),
         ((f"checkpoint={trained}", "algo.epochs=3"), 2, "no option 'algo.epochs'; nearest: "),
+        ((*HOPPER, "policy=flow", "algo=fpo", "policy.relative_to=x"), 1, "policy.relative_to=x is no observation of"),
         ((f"checkpoint={tmp_path}/none",), 1, f"checkpoint {tmp_path}/none does not exist"),
         ((f"resume={tmp_path}/none",), 2, f"resume={tmp_path}/none holds no run"),
     ]

@@ -281,6 +281,22 @@ def test_mirror_images_train_as_well_and_do_not_validate(dataset: Path, tmp_path
     assert stored["ema.normalizer.scale:agent_position"].numpy() == pytest.approx(scale, rel=1e-5)
 
 
+def test_the_normaliser_of_relative_actions_knows_how_far_they_lead(
+    dataset: Path, tmp_path: Path, tiny: tuple[str, ...]
+) -> None:
+    options = ["policy.relative_to=agent_position", "train.steps=2", "horizon.observation_steps=1"]
+    assert main(["train", f"dataset={dataset}", f"out={tmp_path / 'run'}", *tiny, *options]) == 0
+    data = open_dataset(dataset, keys=["state", "action"]).data
+    validates = np.random.default_rng(0).permutation(6)[0]
+    starts = [20 * e + i for e in range(6) if e != validates for i in range(12)]
+    # 16 steps from each frame on, the last one repeated: of an episode of 20, so that 7 are repeated at most.
+    steps = [[min(start + k, start // 20 * 20 + 19) for k in range(16)] for start in starts]
+    far = data["action"][steps] - data["state"][starts, None, :2]
+    stored = load_file(tmp_path / "run" / "last" / "policy.safetensors")
+    scale = 2 / (far.max(axis=(0, 1)) - far.min(axis=(0, 1)))
+    assert stored["ema.normalizer.scale:action"].numpy() == pytest.approx(scale, rel=1e-5)
+
+
 def test_a_task_without_a_mirror_image_refuses_it(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny: tuple[str, ...]
 ) -> None:

@@ -15,6 +15,7 @@ from flowsteer.policies.encoders.low_dim import LowDim
 from flowsteer.policies.encoders.vit import SmallViT
 from flowsteer.policies.errors import PolicyError
 from flowsteer.policies.gaussian import GaussianPolicy
+from flowsteer.policies.networks.residual_mlp import ResidualMLP
 from flowsteer.policies.paths import TARGET, LinearPath
 from flowsteer.policies.policy import Policy
 from flowsteer.policies.samplers import uniform_grid
@@ -210,3 +211,64 @@ def test_a_policy_refuses_another_task(
     spec.check({"x": ArraySpec((3,)), "more": ArraySpec((1,))}, 2, 10.0, "task t")
     with pytest.raises(PolicyError, match=message):
         spec.check(observations, action_dim, hz, "task t")
+
+
+WITH_POSITION = PolicySpec({"position": ArraySpec((2,)), "goal": ArraySpec((4,))}, 3, 2, 8, 4, 10.0)
+
+
+def relative_policy(**options: Any) -> FlowPolicy:
+    return FlowPolicy(WITH_POSITION, LowDim, partial(ResidualMLP, hidden=16), relative_to="position", **options)
+
+
+def fit_to_identity(policy: Policy) -> None:
+    for name, buffer in policy.normalizer.named_buffers():
+        buffer.fill_(1.0 if name.startswith("scale") else 0.0)
+
+
+def test_relative_actions_by_hand() -> None:
+    policy = relative_policy()
+    fit_to_identity(policy)
+    position = torch.tensor([[[9.0, 9.0], [1.0, 2.0]]])
+    action = torch.tensor([[[1.5, 2.5, 0.7], [3.0, 0.0, -0.7]]])
+    # Relative to the last of the observed steps; the third channel (a gripper, say) has nothing that it is relative to.
+    relative = policy.relative(action, {"position": position})
+    assert relative.tolist() == [[[0.5, 0.5, pytest.approx(0.7)], [2.0, -2.0, pytest.approx(-0.7)]]]
+    torch.testing.assert_close(policy.physical(relative, {"position": position}), action)
+
+
+def test_a_relative_policy_moves_with_what_it_is_relative_to() -> None:
+    policy = trained(relative_policy(clip=None, normalizers={"action": "mean_std"}))
+    fit_to_identity(policy)
+    obs = {"position": torch.randn(4, 2, 2), "goal": torch.randn(4, 2, 4)}
+    noise = torch.randn(4, 8, 3)
+    sampled = policy.predict(obs, noise=noise)
+    inside = policy.relative(sampled, obs)
+    absolute = FlowPolicy(
+        WITH_POSITION, LowDim, partial(ResidualMLP, hidden=16), clip=None, normalizers={"action": "mean_std"}
+    ).eval()
+    absolute.load_state_dict(policy.state_dict())
+    torch.testing.assert_close(absolute.predict(obs, noise=noise), inside, atol=1e-5, rtol=1e-5)
+    assert (sampled - inside)[..., :2].abs().max() > 0.1
+
+
+def test_relative_actions_learn_from_absolute_demonstrations() -> None:
+    policy, plain = (
+        FlowPolicy(WITH_POSITION, LowDim, partial(ResidualMLP, hidden=16), relative_to=to) for to in ("position", None)
+    )
+    plain.load_state_dict(policy.state_dict())
+    for each in (policy, plain):
+        fit_to_identity(each)
+    obs = {"position": torch.randn(4, 2, 2), "goal": torch.randn(4, 2, 4)}
+    action, draws = torch.randn(4, 8, 3), policy.draw(4, generator(0))
+    shifted = policy.relative(action, obs)
+    told = policy.loss({"obs": obs, "action": action}, draws).total
+    torch.testing.assert_close(told, plain.loss({"obs": obs, "action": shifted}, draws).total)
+
+
+@pytest.mark.parametrize("key", ["goal", "nothing"])
+def test_actions_are_relative_to_what_is_observed_and_no_wider(key: str) -> None:
+    with pytest.raises(PolicyError) as error:
+        FlowPolicy(WITH_POSITION, LowDim, partial(ResidualMLP, hidden=16), relative_to=key)
+    assert str(error.value) == (
+        f"policy.relative_to={key} is no observation of at most 3 numbers, as wide as the action; fitting: position"
+    )
