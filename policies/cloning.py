@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from flowsteer.policies import checkpoint
 from flowsteer.policies.cloning_config import CloningConfig, learning_rate, make_optimizer
+from flowsteer.policies.compiling import compiled
 from flowsteer.policies.ema import Ema
 from flowsteer.policies.errors import PolicyError
 from flowsteer.policies.policy import Draws, Loss, Policy
@@ -85,6 +86,9 @@ class Cloning:
         accelerator: devices and processes; defaults to one process on the CPU or the first GPU.
         folder: the run folder; None keeps nothing.
         describe: "policy", "spec" and whatever else a checkpoint's config.yaml is to hold.
+
+    Raises:
+        PolicyError: the normaliser is not fitted, or `config.compile` where nothing can be compiled.
     """
 
     def __init__(
@@ -111,7 +115,7 @@ class Cloning:
         self.dtype = choose_dtype(config.precision, self.device)
         self.progress = Progress()
         model: nn.Module = self.accelerator.prepare(self.policy)
-        self.model: Callable[[Batch, Draws], Loss] = torch.compile(model) if config.compile else model
+        self.model: Callable[[Batch, Draws], Loss] = compiled(model, self.device) if config.compile else model
 
     def train(
         self,

@@ -1,0 +1,41 @@
+"""torch.compile, refused in one line where this machine has nothing to compile with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowsteer.policies.errors import PolicyError
+
+
+def compiled(module: nn.Module, device: torch.device) -> Callable[..., Any]:
+    """The forward pass of `module` through torch.compile; its weights stay in `module`, under their own names.
+
+    Raises:
+        PolicyError: this machine cannot compile for `device`.
+    """
+    # What earlier runs of this process compiled counts against a limit, past which torch silently does not compile.
+    torch.compiler.reset()
+    _check(device)
+    forward: Callable[..., Any] = torch.compile(module)
+    return forward
+
+
+def _check(device: torch.device) -> None:
+    """Compile next to nothing: it takes what a policy takes, a compiler, Python's headers and, on a GPU, Triton."""
+    try:
+        torch.compile(_increment)(torch.ones(1, device=device))
+    except Exception as error:  # each compiler that torch drives fails in its own way
+        inner = getattr(error, "inner_exception", error)
+        reason = (str(inner).strip().splitlines() or ["no reason given"])[0]
+        raise PolicyError(
+            f"train.compile=true: torch.compile does not work here ({type(inner).__name__}: {reason}): install a C++ "
+            f"compiler and Python's headers (apt install g++ python3-dev), or leave it train.compile=false"
+        ) from error
+
+
+def _increment(x: Tensor) -> Tensor:
+    return x + 1

@@ -1,0 +1,110 @@
+"""Training through torch.compile: the same checkpoints, the same resuming, and a plain refusal where it cannot be."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from flowsteer.policies.build import build
+from flowsteer.policies.checkpoint import load_policy
+from flowsteer.policies.cloning import Cloning
+from flowsteer.policies.cloning_config import CloningConfig
+from flowsteer.policies.errors import PolicyError
+from flowsteer.policies.policy import Policy
+from flowsteer.policies.random_state import seed_everything
+from flowsteer.policies.spec import PolicySpec
+
+SMALL = {"hidden": 16, "blocks": 1, "dropout": 0.1}
+"""A network of few kernels, each of which takes a second to compile; dropout, since its draws are compiled too."""
+Start = Callable[..., Cloning]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Compile without vector instructions, which take longer and prove nothing more."""
+    if shutil.which("g++") is None:
+        pytest.skip("there is no C++ compiler: apt install g++")
+    from torch._inductor import config
+
+    with config.patch({"cpp.simdlen": 1}):
+        yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def start(make_policy: Callable[..., Policy], make_batches: Callable[..., Any], describe: Callable[..., Any]) -> Start:
+    """Folder, whether to compile -> a run of 6 steps that has not begun."""
+
+    described = describe("flow")
+    described["policy"] = {**described["policy"], "network": {**described["policy"]["network"], **SMALL}}
+
+    def make(folder: Path, compile: bool) -> Cloning:
+        seed_everything(3)
+        policy = build(described["policy"], spec=PolicySpec.from_dict(described["spec"]))
+        policy.normalizer.load_state_dict(make_policy("flow").normalizer.state_dict())
+        config = CloningConfig(steps=6, warmup_steps=1, precision="float32", log_every=2, compile=compile)
+        return Cloning(policy, config, make_batches(16), 16, folder=folder, describe=described)
+
+    return make
+
+
+class Losses:
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def log(self, step: int, values: Any) -> None:
+        self.values.append(values["train/loss"])
+
+
+def test_a_compiled_run_learns_the_same_resumes_exactly_and_saves_plain_weights(
+    quick: None, start: Start, tmp_path: Path
+) -> None:
+    plain, compiled = Losses(), Losses()
+    whole, eager = start(tmp_path / "whole", True), start(tmp_path / "eager", False)
+    assert whole.train(compiled)
+    assert eager.train(plain)
+    assert compiled.values == pytest.approx(plain.values, rel=0.05), "but for the draws of dropout"
+
+    part = start(tmp_path / "part", True)
+    for _ in range(2):
+        part._timed_update()
+    part.save()
+    resumed = start(tmp_path / "part", True)
+    seed_everything(99)
+    resumed.resume(tmp_path / "part")
+    assert resumed.train(Losses())
+    ours, theirs = resumed.state(), whole.state()
+    assert ours.values | {"train_s": 0} == theirs.values | {"train_s": 0}
+    assert all(torch.equal(value, ours.tensors[key]) for key, value in theirs.tensors.items())
+
+    names = []
+    for run in ("whole", "eager"):
+        with safe_open(tmp_path / run / "last" / "policy.safetensors", "pt") as file:
+            names.append(sorted(file.keys()))
+    assert names[0] == names[1]
+    loaded = load_policy(tmp_path / "whole")
+    for name, value in whole.ema.average.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    start(tmp_path / "whole", False).resume(tmp_path / "whole")
+
+
+def test_where_nothing_can_be_compiled_one_line_names_the_remedy(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    with (
+        config.patch({"cpp.cxx": (None, "no-such-compiler"), "fx_graph_cache": False}),
+        pytest.raises(PolicyError, match=r"train.compile=true: torch.compile does not work here .*g\+\+") as caught,
+    ):
+        start(tmp_path / "run", True)
+    assert "\n" not in str(caught.value)
+    assert "install a C++ compiler and Python's headers (apt install g++ python3-dev), or" in str(caught.value)
+    assert not (tmp_path / "run").exists()
