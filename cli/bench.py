@@ -31,6 +31,7 @@ BENCHMARKS: dict[str, Command] = {
     "sim": Command("flowsteer.cli.bench_sim:main", "env steps per second of each back end, beside Gymnasium's"),
     "backends": Command("flowsteer.cli.bench_backends:main", "whether two back ends agree: returns, states"),
     "experts": Command("flowsteer.cli.bench_experts:main", "how often the scripted experts succeed, by noise"),
+    "update": Command("flowsteer.cli.bench_update:main", "one iteration of DPPO, beside a straightforward one"),
     "cloning": Command("flowsteer.cli.bench_cloning:main", "judged runs in one table and one plot"),
 }
 

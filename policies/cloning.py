@@ -24,6 +24,7 @@ from flowsteer.policies.cloning_config import CloningConfig, learning_rate, make
 from flowsteer.policies.compiling import compiled
 from flowsteer.policies.ema import Ema
 from flowsteer.policies.errors import PolicyError
+from flowsteer.policies.optimizer_state import pack_optimizer, unpack_optimizer
 from flowsteer.policies.policy import Draws, Loss, Policy
 from flowsteer.policies.precision import DTYPES, choose_dtype
 from flowsteer.policies.random_state import pack_random, unpack_random
@@ -52,6 +53,8 @@ class Log(Protocol):
         """Record values by name at an optimiser step."""
 
 
+OPTIMIZER = "optimizer."
+"""Prefix of the optimiser's tensors in a checkpoint."""
 AGREE_EVERY = 10
 """Steps between the moments at which several processes ask each other whether to stop."""
 
@@ -183,19 +186,14 @@ class Cloning:
                 # What an earlier run left under this name is another state.
                 shutil.rmtree(target, ignore_errors=True)
                 checkpoint.save_checkpoint(target, self.policy, self.ema.average, self.describe, self.state())
-            # In this order: a kill in between goes back to the older state, which will find its best again.
-            if progress.best_unsaved:
-                checkpoint.link(self.folder, "best", target)
-            checkpoint.link(self.folder, "last", target)
-            checkpoint.prune(self.folder)
+            checkpoint.keep(self.folder, target, progress.best_unsaved)
         progress.best_unsaved, progress.saved_step = False, progress.step
 
     def state(self) -> checkpoint.TrainerState:
         """All that resuming needs beyond the two sets of weights."""
         random, tensors = pack_random()
-        for name, parameter in self.policy.named_parameters():
-            slots = self.optimizer.state.get(parameter, {})
-            tensors |= {f"optimizer.{slot}.{name}": value for slot, value in slots.items()}
+        packed = pack_optimizer(self.optimizer, self.policy)
+        tensors |= {f"{OPTIMIZER}{name}": value for name, value in packed.items()}
         tensors["noise"] = self.noise.get_state()
         progress = self.progress
         values = {
@@ -222,13 +220,8 @@ class Cloning:
 
     def _load_state(self, state: checkpoint.TrainerState) -> None:
         values, tensors = state.values, state.tensors
-        for name, parameter in self.policy.named_parameters():
-            slots = ("step", "exp_avg", "exp_avg_sq")
-            self.optimizer.state[parameter] = {
-                s: tensors[f"optimizer.{s}.{name}"].to(self.device if s != "step" or parameter.is_cuda else "cpu")
-                for s in slots
-                if parameter.requires_grad
-            }
+        stored = {k.removeprefix(OPTIMIZER): v for k, v in tensors.items() if k.startswith(OPTIMIZER)}
+        unpack_optimizer(self.optimizer, self.policy, stored)
         self.noise.set_state(tensors["noise"])
         best = -math.inf if values["best_score"] is None else values["best_score"]
         step = values["step"]
