@@ -171,6 +171,7 @@ class Straightforward:
         return self.dppo.tuned.features({key: array[decision] for key, array in sample.obs.items()})
 
     def _log_prob(self, sample: Sample, batch: Tensor) -> Tensor:
+        batch = batch.to(sample.advantage.device)
         decision, row = batch // self.dppo.rows, batch % self.dppo.rows
         policy, frozen, grid = self.dppo.tuned, self.dppo.cloned, self.dppo.tuned.grid
         x_t, x_s = sample.memory["chain"][decision, row], sample.memory["chain"][decision, row + 1]

@@ -75,12 +75,14 @@ def with_mirror_images(demonstrations: Demonstrations, task: Task | None) -> Dem
     """2E episodes: the E that are there, then the mirror image of each.
 
     Raises:
-        DataError: the task knows none.
+        DataError: the task knows none, or the frames are not in memory.
     """
     if task is None or task.mirror is None:
         name = "none" if task is None else task.spec.name
         raise DataError(f"data.mirror=true: task '{name}' knows no mirror image of its observations")
     buffer = demonstrations.buffer
+    if not all(isinstance(array, np.ndarray) for array in buffer.data.values()):
+        raise DataError("data.mirror=true turns all frames over in memory: set data.in_memory=true")
     arrays = {key: np.asarray(array) for key, array in buffer.data.items()}
     images = task.mirror(arrays)
     data: dict[str, Array] = {key: np.concatenate([array, images[key]]) for key, array in arrays.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ from flowsteer.cli.errors import UsageError
 from flowsteer.cli.judging import make_evaluation
 from flowsteer.cli.simulation import find_task, make_environments
 from flowsteer.cli.training import Outcome, check_links, open_log, plain
-from flowsteer.policies.build import build
+from flowsteer.configs.train import Horizon
+from flowsteer.policies.build import build, locate
 from flowsteer.policies.checkpoint import build_policy, load_policy, read_config
 from flowsteer.policies.policy import Policy
 from flowsteer.policies.random_state import seed_everything
@@ -75,26 +77,43 @@ def finetune_policy(config: DictConfig, folder: Path) -> Outcome:
         if resumed:
             loop.resume(folder)
         progress = loop.progress
-        log = open_log(config, folder, config.train.env_steps, progress.env_steps, accelerator, stack)
+        log = open_log(config, folder, config.train.env_steps, progress.env_steps, accelerator, stack, unit="env steps")
+        if accelerator.is_main_process:
+            print(loop.algorithm.headline)
         finished = loop.train(log, evaluate)
     return Outcome(finished, progress.env_steps, progress.best_score or 0.0)
 
 
 def _cloned(config: DictConfig) -> Start:
-    """The policy and the task of a checkpoint."""
-    for group in ("policy", "task"):
-        if config[group] is not None:
-            raise UsageError(
-                f"checkpoint= brings its own {group}: leave {group}= out, "
-                "or leave checkpoint= out to learn from nothing"
-            )
+    """The policy of a checkpoint, and the task that it was cloned on unless another is given."""
+    if config.policy is not None:
+        raise UsageError(
+            "checkpoint= brings its own policy: leave policy= out, or leave checkpoint= out to learn from nothing"
+        )
     checkpoint = Path(config.checkpoint)
     stored = read_config(checkpoint)
-    return Start(load_policy(checkpoint), stored["policy"], find_task(None, stored), stored["task"])
+    known = stored if config.task is None else plain(config)
+    task, policy = find_task(None, known), load_policy(checkpoint)
+    _take_horizon(config, policy.spec)
+    return Start(policy, stored["policy"], task, known["task"])
+
+
+def _take_horizon(config: DictConfig, spec: PolicySpec) -> None:
+    """The horizon is the checkpoint's; what is said of it must not be another one."""
+    own = {name: getattr(spec, name) for name in config.horizon}
+    said = {name: value for name, value in config.horizon.items() if value != getattr(Horizon(), name)}
+    other = [name for name, value in said.items() if config.task is None and value != own[name]]
+    if other:
+        raise UsageError(f"horizon.{other[0]} is the checkpoint's, {own[other[0]]}: leave it out")
+    config.horizon.update(own)
 
 
 def _from_nothing(config: DictConfig) -> Start:
-    """An untrained policy for a task."""
+    """An untrained policy for a task.
+
+    Raises:
+        UsageError: none is chosen.
+    """
     if config.task is None or config.policy is None or TARGET not in config.policy:
         raise UsageError(
             "checkpoint= is missing: name a run folder of flowsteer train, "
@@ -127,9 +146,25 @@ def _environments(config: DictConfig, start: Start, accelerator: Accelerator, st
     return env
 
 
+def _algorithm(config: DictConfig, policy: Policy) -> Algorithm:
+    """The algorithm, if its options fit it and its policy.
+
+    Raises:
+        UsageError: it takes no exploration, or an encoder that has learnt nothing would stay as it is.
+    """
+    target = locate(config.algo[TARGET])
+    if "exploration" in config.algo and "exploration" not in inspect.signature(target).parameters:
+        raise UsageError(f"{target.__name__} explores by itself: leave exploration= out")
+    algorithm: Algorithm = build(config.algo, policy=policy)
+    untrained = config.checkpoint is None and any(True for _ in policy.encoder.parameters())
+    if untrained and not algorithm.train_encoder:
+        raise UsageError("an encoder that starts from nothing must learn: set algo.train_encoder=true")
+    return algorithm
+
+
 def _loop(config: DictConfig, start: Start, env: VecEnv, folder: Path, accelerator: Accelerator) -> OnPolicy:
     spec, policy = start.policy.spec, start.policy
-    algorithm: Algorithm = build(config.algo, policy=policy)
+    algorithm = _algorithm(config, policy)
     critic: Critic = build(config.critic)(spec.observation_steps * policy.encoder.feature_dim)
     describe = {
         "task": start.task_config,

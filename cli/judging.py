@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from accelerate import Accelerator
 from omegaconf import DictConfig
 
 from flowsteer.cli.simulation import judge, make_environments
+from flowsteer.policies.cloning import Evaluate
 from flowsteer.policies.policy import Policy
 from flowsteer.sim.evaluate import Evaluation
 from flowsteer.sim.results import write_evaluation
@@ -17,8 +17,6 @@ from flowsteer.sim.tasks.base import Task
 
 RETURN_WEIGHT = 1e-6
 """The best checkpoint has the highest success; the return only breaks ties."""
-
-Evaluate = Callable[[Policy, int], tuple[dict[str, float], float]]
 
 
 def make_evaluation(

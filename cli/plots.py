@@ -15,19 +15,22 @@ Rows = Sequence[Mapping[str, Any]]
 
 LOSSES = {"train/loss": "training", "val/loss": "validation (averaged weights)"}
 SCORES = {"eval/success": "success", "eval/max_reward": "maximum reward"}
+RETURNS = {"eval/return": "return", "collect/return": "return while exploring"}
 """Each beside NAME_low and NAME_high, its 95 % interval."""
 
 
-def plot_run(folder: Path, rows: Rows) -> None:
-    """Write loss.png and success.png, each where there is something to show."""
-    _draw(folder / "loss.png", rows, LOSSES, "loss", logarithmic=True)
-    _draw(folder / "success.png", rows, SCORES, "mean over episodes, 95 % interval", logarithmic=False)
+def plot_run(folder: Path, rows: Rows, unit: str = "steps") -> None:
+    """Write loss.png, success.png and return.png, each where there is something to show, against `unit`."""
+    _draw(folder / "loss.png", rows, LOSSES, (unit, "loss"), logarithmic=True)
+    mean = (unit, "mean over episodes, 95 % interval")
+    _draw(folder / "success.png", rows, SCORES, mean, logarithmic=False)
+    _draw(folder / "return.png", rows, RETURNS, mean, logarithmic=False)
 
 
-def _draw(file: Path, rows: Rows, names: Mapping[str, str], label: str, *, logarithmic: bool) -> None:
+def _draw(file: Path, rows: Rows, names: Mapping[str, str], labels: tuple[str, str], *, logarithmic: bool) -> None:
     # No pyplot: its global state is neither needed nor safe beside other threads.
     figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="optimiser step", ylabel=label)
+    axes = figure.add_subplot(xlabel=labels[0], ylabel=labels[1])
     values = [value for name, title in names.items() for value in _curve(axes, rows, name, title)]
     if not values:
         return

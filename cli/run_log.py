@@ -39,15 +39,24 @@ class RunLog:
     Args:
         folder: the run folder.
         steps: the last step, for the time left.
+        unit: what is counted.
         start: the step that a resumed run starts from; what was logged after it is dropped.
         wandb: keyword arguments of `wandb.init`; None keeps W&B out.
     """
 
-    def __init__(self, folder: Path, steps: int, *, start: int = 0, wandb: Mapping[str, Any] | None = None) -> None:
-        self._folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        steps: int,
+        *,
+        unit: str = "steps",
+        start: int = 0,
+        wandb: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._folder, self._unit = folder, unit
         # W&B first: where its package is missing, nothing has been written and no bar has started.
         remote: list[Sink] = [] if wandb is None else [Wandb(folder, wandb)]
-        local: list[Sink] = [Metrics(folder / METRICS, start), TensorBoard(folder, start), Screen(steps, start)]
+        local: list[Sink] = [Metrics(folder / METRICS, start), TensorBoard(folder, start), Screen(steps, unit, start)]
         self._sinks = [*remote, *local]
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -58,8 +67,8 @@ class RunLog:
             self.plot()
 
     def plot(self) -> None:
-        """Draw loss.png and success.png anew."""
-        plot_run(self._folder, read_metrics(self._folder / METRICS))
+        """Draw loss.png, success.png and return.png anew."""
+        plot_run(self._folder, read_metrics(self._folder / METRICS), self._unit)
 
     def __enter__(self) -> RunLog:
         return self
@@ -119,15 +128,15 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 class Screen:
     """A bar on a terminal, plain lines elsewhere; evaluations, validations and the last step leave a line."""
 
-    def __init__(self, steps: int, start: int) -> None:
+    def __init__(self, steps: int, unit: str, start: int) -> None:
         self._steps = steps
         console = Console(soft_wrap=True)
-        self._bar = ProgressBar("training", steps, "steps", start=start, first_line_s=0, console=console)
+        self._bar = ProgressBar("training", steps, unit, start=start, first_line_s=0, console=console)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Move the bar."""
         judged = any(name.startswith(("eval/", "val/")) for name in values)
-        self._bar.move(step, format_numbers(values), keep=judged or step == self._steps)
+        self._bar.move(step, format_numbers(values), keep=judged or step >= self._steps)
 
     def close(self) -> None:
         """Take the bar away."""

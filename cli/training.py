@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from flowsteer.cli.checks import check_not_negative, check_positive, check_seeds
 from flowsteer.cli.demonstrations import Demonstrations, load_demonstrations, make_task, with_mirror_images
 from flowsteer.cli.devices import find_processes
 from flowsteer.cli.errors import UsageError
-from flowsteer.cli.judging import Evaluate, make_evaluation
+from flowsteer.cli.judging import make_evaluation
 from flowsteer.cli.run_log import RunLog, Silent
 from flowsteer.datasets.batches import Batches, epoch_batches
 from flowsteer.datasets.key_statistics import statistics, statistics_of
@@ -25,7 +25,7 @@ from flowsteer.datasets.replay_buffer import ACTION
 from flowsteer.datasets.splits import Mask, split_episodes
 from flowsteer.datasets.windows import Batch, Windows
 from flowsteer.policies.build import build
-from flowsteer.policies.cloning import Cloning
+from flowsteer.policies.cloning import Cloning, Evaluate
 from flowsteer.policies.cloning_config import CloningConfig
 from flowsteer.policies.policy import Policy
 from flowsteer.policies.random_state import seed_everything
@@ -105,7 +105,7 @@ def _cloning(
         pin_memory=accelerator.device.type == "cuda",
     )
     stack.callback(batches.close)
-    policy = _policy(config, demonstrations, train, windows)
+    policy = _policy(config, demonstrations, train)
     cloning = Cloning(
         policy,
         loop_options(config),
@@ -131,11 +131,11 @@ def _split(config: DictConfig, demonstrations: Demonstrations, task: Task | None
     return doubled, np.concatenate([train, train]), np.concatenate([val, np.zeros_like(val)])
 
 
-def _windows(demonstrations: Demonstrations, episodes: Any) -> Windows:
+def _windows(demonstrations: Demonstrations, episodes: Any, keys: Sequence[str] | None = None) -> Windows:
     spec = demonstrations.spec
     return Windows(
         demonstrations.buffer,
-        list(spec.observations),
+        list(spec.observations) if keys is None else keys,
         observation_steps=spec.observation_steps,
         prediction_steps=spec.prediction_steps,
         execution_steps=spec.execution_steps,
@@ -143,14 +143,14 @@ def _windows(demonstrations: Demonstrations, episodes: Any) -> Windows:
     )
 
 
-def _policy(config: DictConfig, demonstrations: Demonstrations, episodes: Mask, windows: Windows) -> Policy:
+def _policy(config: DictConfig, demonstrations: Demonstrations, episodes: Mask) -> Policy:
     """An untrained policy whose normaliser knows the training episodes, and what it makes of their windows' actions."""
     spec = demonstrations.spec
     policy: Policy = build(config.policy, spec=spec)
     keys = [key for key, array in spec.observations.items() if array.dtype != "uint8"]
     known = statistics(demonstrations.buffer, [*keys, ACTION], episodes)
     if policy.relative_to is not None:
-        batches = epoch_batches(windows, STATISTICS_BATCH)
+        batches = epoch_batches(_windows(demonstrations, episodes, [policy.relative_to]), STATISTICS_BATCH)
         known[ACTION] = statistics_of(policy.relative(b[ACTION], b["obs"]).flatten(0, 1).numpy() for b in batches)
     policy.fit_normalizer(known)
     return policy
@@ -186,7 +186,14 @@ def _evaluate(
 
 
 def open_log(
-    config: DictConfig, folder: Path, steps: int, start: int, accelerator: Accelerator, stack: ExitStack
+    config: DictConfig,
+    folder: Path,
+    steps: int,
+    start: int,
+    accelerator: Accelerator,
+    stack: ExitStack,
+    *,
+    unit: str = "steps",
 ) -> RunLog | Silent:
     """On the main process, the run's log from `start` to `steps`; the run's config is on disk from here on."""
     if not accelerator.is_main_process:
@@ -195,7 +202,7 @@ def open_log(
     wandb = None
     if config.log.wandb:
         wandb = {"project": config.log.project, "name": config.log.name or folder.name, "config": plain(config)}
-    log = stack.enter_context(RunLog(folder, steps, start=start, wandb=wandb))
+    log = stack.enter_context(RunLog(folder, steps, unit=unit, start=start, wandb=wandb))
     with replacing(folder / CONFIG) as temporary:
         OmegaConf.save(config, temporary)
     return log

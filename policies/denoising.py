@@ -108,11 +108,21 @@ class DenoisingPolicy(Policy, ABC):
         self.target = pick(TARGET, prediction, "prediction")
         self.times = pick(TIMES, times, "times")
         self.solver = pick(SOLVERS, solver, "solver")
-        self.min_time, self.eta, self.clip = min_time, eta, clip
+        self.prediction, self.min_time, self.eta, self.clip = prediction, min_time, eta, clip
         self.register_buffer("grid", uniform_grid(steps, start), persistent=False)
-        self._check_grid(prediction)
+        self._check_grid()
 
     grid: Tensor
+
+    @final
+    def set_steps(self, steps: int) -> None:
+        """Sample with K = `steps` from now on.
+
+        Raises:
+            PolicyError: the network has not learnt the times that they lead to.
+        """
+        self.grid = uniform_grid(steps, self.grid[0].item()).to(self.grid.device)
+        self._check_grid()
 
     @final
     def encode(self, obs: Mapping[str, Tensor]) -> Features:
@@ -133,7 +143,7 @@ class DenoisingPolicy(Policy, ABC):
         embedded = self.network.embed_time(grid[:-1])
 
         def denoise(x_t: Tensor, k: int | Tensor) -> Tensor:
-            time = tuple(f[k] if isinstance(k, Tensor) else f[k : k + 1] for f in embedded)
+            time = tuple(f[k.to(f.device)] if isinstance(k, Tensor) else f[k : k + 1] for f in embedded)
             return self._a_hat(x_t, grid[k], time, cond)
 
         return denoise
@@ -173,7 +183,7 @@ class DenoisingPolicy(Policy, ABC):
         denoise = self.denoise_on(self.grid, self.network.embed_observation(features))
         return self.solver(self.path, denoise, noise, self.grid, self.eta, generator)
 
-    def _check_grid(self, prediction: str) -> None:
+    def _check_grid(self) -> None:
         """Refuse a grid on which the network is asked what it has not learnt, or what its prediction cannot tell."""
         first, last, steps = self.grid[0], self.grid[-2].item(), len(self.grid) - 1
         # The times are rounded to float32: T steps end at the first of T knots, not a hair below it.
@@ -182,7 +192,7 @@ class DenoisingPolicy(Policy, ABC):
                 f"policy.steps={steps} from policy.start={first:g} asks the network at t = {last:.3g}, "
                 f"but it is trained from t = {self.min_time:g} on: lower policy.steps"
             )
-        if prediction == "eps" and not self.path.alpha(first) > 0:
+        if self.prediction == "eps" and not self.path.alpha(first) > 0:
             raise PolicyError(
                 f"policy.prediction=eps divides by alpha, which is 0 at policy.start={first:g} of this path: "
                 "set policy.start=0.99 or choose another prediction"

@@ -14,7 +14,14 @@ from torch import Tensor
 
 
 def gae(
-    reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, ended: Tensor, gamma: float, lam: float
+    reward: Tensor,
+    value: Tensor,
+    next_value: Tensor,
+    terminated: Tensor,
+    ended: Tensor,
+    kept: Tensor,
+    gamma: float,
+    lam: float,
 ) -> Tensor:
     """Generalised advantage estimates (Schulman et al. 2016) of decisions, [S, N].
 
@@ -27,12 +34,14 @@ def gae(
         next_value: [S, N], V of the true last observation of the chunk.
         terminated: [S, N] bool, the episode ended by the task's rule.
         ended: [S, N] bool, the episode ended for whatever reason.
+        kept: [S, N] bool; where it is false the simulator lost the episode, and reward and next value may be anything:
+            the advantage is 0, and so is what earlier decisions hear of it.
         gamma: discount of one decision.
         lam: lambda.
     """
     # TD error: r_t + gamma V(s_{t+1}) - V(s_t)
-    delta = reward + gamma * next_value * ~terminated - value
-    decay = gamma * lam * ~ended
+    delta = torch.where(kept, reward + gamma * next_value.where(~terminated, 0.0) - value, 0.0)
+    decay = gamma * lam * ~(ended | ~kept)
     advantage, trace = torch.empty_like(delta), torch.zeros_like(delta[0])
     for t in range(len(delta) - 1, -1, -1):
         # A_t = delta_t + gamma lambda A_{t+1}
@@ -53,15 +62,22 @@ class RewardScale:
     def __init__(self, gamma: float, limit: float = 10.0) -> None:
         self.gamma, self.limit = gamma, limit
         self.count, self.mean, self.squares = 0.0, 0.0, 0.0
+        self._running: Tensor | None = None
 
     def update(self, reward: Tensor, ended: Tensor) -> None:
-        """Take in the rewards [S, N] of an iteration; `ended` [S, N] bool."""
-        returns, running = torch.empty_like(reward), torch.zeros_like(reward[0])
+        """Take in the rewards [S, N] of an iteration; `ended` [S, N] bool. Episodes go on in the next iteration."""
+        returns = torch.empty_like(reward)
+        running = torch.zeros_like(reward[0]) if self._running is None else self._running
         for t in range(len(reward)):
             running = reward[t] + self.gamma * running
             returns[t] = running
             running = running * ~ended[t]
+        self._running = running
         self._merge(returns.double())
+
+    def restart(self) -> None:
+        """All environments start new episodes."""
+        self._running = None
 
     def __call__(self, reward: Tensor) -> Tensor:
         """Rewards in units of that deviation."""

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from flowsteer.policies.denoising import DenoisingPolicy
 from flowsteer.policies.policy import Observation, Policy
 from flowsteer.policies.spec import configurable
+from flowsteer.rl_finetune.errors import FinetuneError
 
 Memory = dict[str, Tensor]
 """What an algorithm remembers of its decisions, tensors [B, ...]."""
@@ -26,8 +28,8 @@ class Step(NamedTuple):
     """Rows of an update.
 
     loss: scalar to descend.
-    log_ratio: [R], new over old probability (or what stands for it), detached.
-    clipped: [R] bool, the rows whose ratio has left the trust region.
+    log_ratio: of new over old probability (or what stands for it), detached; [R], or [R * N] with N of them a row.
+    clipped: bool, as long, whose ratio has left the trust region.
     parts: scalars for the log, detached.
     """
 
@@ -50,6 +52,8 @@ class Algorithm(nn.Module, ABC):
     """
 
     rows: int = 1
+    headline: str
+    """What to know of its trust region, in one line for the start of a run."""
 
     def __init__(self, policy: Policy, train_encoder: bool) -> None:
         super().__init__()
@@ -81,3 +85,27 @@ class Algorithm(nn.Module, ABC):
     @abstractmethod
     def describe(self, config: dict[str, Any]) -> dict[str, Any]:
         """The "policy" part of a checkpoint that rebuilds `acting()`, from that of the cloned policy."""
+
+
+def denoising(policy: Policy, algo: str) -> DenoisingPolicy:
+    """The policy as one that denoises.
+
+    Raises:
+        FinetuneError: it does not.
+    """
+    if not isinstance(policy, DenoisingPolicy):
+        raise FinetuneError(
+            f"algo={algo} needs a policy that denoises, not a {type(policy).__name__}: fine-tune it with algo=ppo"
+        )
+    return policy
+
+
+def check_options(*options: tuple[str, bool, str, float]) -> None:
+    """Refuse options (name, whether it is right, what it must be, its value) of an algorithm.
+
+    Raises:
+        FinetuneError: naming the first that is not.
+    """
+    for name, right, must, value in options:
+        if not right:
+            raise FinetuneError(f"algo.{name} must be {must}, got {value:g}")

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from flowsteer.policies.choices import pick
-from flowsteer.policies.denoising import DenoisingPolicy
+from flowsteer.policies.denoising import SOLVERS, DenoisingPolicy
 from flowsteer.policies.networks.base import Features
 from flowsteer.policies.networks.staged import StagedNetwork
 from flowsteer.policies.policy import Observation, Policy
-from flowsteer.policies.samplers import Gaussian, randn, transition, uniform_grid
-from flowsteer.rl_finetune.algorithm import Algorithm, Explored, Memory, Step
+from flowsteer.policies.samplers import Gaussian, randn, transition
+from flowsteer.rl_finetune.algorithm import Algorithm, Explored, Memory, Step, check_options, denoising
 from flowsteer.rl_finetune.errors import FinetuneError
 from flowsteer.rl_finetune.exploration import Exploration
 from flowsteer.rl_finetune.trust_region import REDUCTIONS, SURROGATES, clip_schedule
@@ -35,7 +35,8 @@ class DPPO(Algorithm):
         exploration: builds the noise from K', To * F and Da.
         steps: K, denoising steps; the policy's own where not given.
         fine_tuned_steps: K', at most K.
-        eta: noise of the transitions, in (0, 1]; the tuned policy is judged and deployed with it too.
+        eta: noise of the transitions, in [0, 1]; the tuned policy is judged and deployed with it too. With 0 there is
+            only what `exploration` adds, and the judged policy is deterministic.
         clip_first: clip range of the ratio at the noisiest fine-tuned step.
         clip_last: at the last one; in between it grows exponentially.
         denoising_discount: of the advantage, per denoising step before the last.
@@ -43,6 +44,8 @@ class DPPO(Algorithm):
             clip ranges are for the one that is chosen: a mean over 16 numbers moves 16 times less than their sum.
         surrogate: "ppo" or "aspo".
         noise_limit: sampled noise is clamped to so many deviations.
+        log_prob_floor: smallest deviation of log-probabilities, where it is above the one that was explored with.
+        log_prob_limits: each element's log-probability is clamped to them; null for none.
         normalize_ratio: GRPO-Guard's ratio (arXiv 2510.22319), which takes out of the log-ratio its mean and the size
             of the step's noise.
         anchor: weight of KL(tuned || cloned) of each transition, which keeps the policy near its demonstrations.
@@ -65,35 +68,56 @@ class DPPO(Algorithm):
         reduction: str = "mean",
         surrogate: str = "ppo",
         noise_limit: float = 3.0,
+        log_prob_floor: float = 0.0,
+        log_prob_limits: tuple[float, float] | None = None,
         normalize_ratio: bool = False,
         anchor: float = 0.0,
         train_encoder: bool = False,
     ) -> None:
         super().__init__(policy, train_encoder)
-        if not isinstance(policy, DenoisingPolicy):
-            raise FinetuneError(
-                f"algo=dppo needs a policy that denoises, not a {type(policy).__name__}: fine-tune it with algo=ppo"
-            )
-        if not 0 < eta <= 1:
-            raise FinetuneError(f"algo.eta must be in (0, 1], got {eta:g}: without noise there is no log-probability")
-        self.cloned, self.tuned = copy.deepcopy(policy).requires_grad_(False), policy
+        self.cloned = copy.deepcopy(denoising(policy, "dppo")).requires_grad_(False)
         if steps is not None:
-            policy.register_buffer("grid", uniform_grid(steps, policy.grid[0].item()), persistent=False)
-        self.steps, self.rows, self.eta = len(policy.grid) - 1, fine_tuned_steps, eta
+            self.tuned.set_steps(steps)
+        self.steps, self.rows, self.eta = len(self.tuned.grid) - 1, fine_tuned_steps, eta
         self.first = self.steps - self.rows
-        if not 1 <= self.rows <= self.steps:
-            raise FinetuneError(f"algo.fine_tuned_steps must be from 1 to the {self.steps} denoising steps")
-        if train_encoder and self.first:
+        check_options(
+            ("eta", 0 <= eta <= 1, "in [0, 1]", eta),
+            (
+                "fine_tuned_steps",
+                1 <= self.rows <= self.steps,
+                f"from 1 to the {self.steps} denoising steps",
+                self.rows,
+            ),
+            ("clip_first", clip_first > 0, "positive", clip_first),
+            ("clip_last", clip_last > 0, "positive", clip_last),
+            ("denoising_discount", 0 < denoising_discount <= 1, "in (0, 1]", denoising_discount),
+            ("noise_limit", noise_limit > 0, "positive", noise_limit),
+            ("log_prob_floor", log_prob_floor >= 0, "not negative", log_prob_floor),
+            ("anchor", anchor >= 0, "not negative", anchor),
+        )
+        if train_encoder and (self.first or anchor):
             raise FinetuneError(
-                f"algo.train_encoder=true needs algo.fine_tuned_steps={self.steps}: "
-                "the earlier steps' network knows only the encoder that it was cloned with"
+                f"algo.train_encoder=true needs algo.fine_tuned_steps={self.steps} and algo.anchor=0: "
+                "the cloned network knows only the encoder that it was cloned with"
             )
         spec = policy.spec
         self.exploration = exploration(self.rows, spec.observation_steps * policy.encoder.feature_dim, spec.action_dim)
         self.reduce, self.surrogate = pick(REDUCTIONS, reduction, "reduction"), pick(SURROGATES, surrogate, "surrogate")
-        self.register_buffer("clip", clip_schedule(clip_first, clip_last, self.rows))
-        self.register_buffer("discount", denoising_discount ** torch.arange(self.rows - 1, -1, -1))
-        self.noise_limit, self.normalize_ratio, self.anchor = noise_limit, normalize_ratio, anchor
+        # Options, not state: a resumed run may have others.
+        self.register_buffer("clip", clip_schedule(clip_first, clip_last, self.rows), persistent=False)
+        discount = denoising_discount ** torch.arange(self.rows - 1, -1, -1)
+        self.register_buffer("discount", discount, persistent=False)
+        self.noise_limit, self.log_prob_floor, self.log_prob_limits = noise_limit, log_prob_floor, log_prob_limits
+        self.normalize_ratio, self.anchor = normalize_ratio, anchor
+        self.headline = (
+            f"K = {self.steps}, K' = {self.rows}, eta = {eta:g}; the ratio of the {reduction} log-probability is "
+            f"clipped to 1 +- {clip_first:g} (noisiest step) ... {clip_last:g} (last step)"
+        )
+
+    @property
+    def tuned(self) -> DenoisingPolicy:
+        """The policy, which denoises."""
+        return denoising(self.policy, "dppo")
 
     clip: Tensor
     discount: Tensor
@@ -104,7 +128,7 @@ class DPPO(Algorithm):
         policy, spec = self.tuned, self.tuned.spec
         features = policy.features(obs)
         x = randn((len(features), spec.prediction_steps, spec.action_dim), generator, features.device)
-        x = self._earlier_steps(x, generator, obs)
+        x = self._earlier_steps(x, generator, features)
         denoise = policy.denoise_on(policy.grid, policy.network.embed_observation(features))
         chain, means, log_probs = [x], [], []
         for i in range(self.rows):
@@ -142,7 +166,7 @@ class DPPO(Algorithm):
         """The cloned network for the first K - K' steps, the tuned one for the others."""
         acting = copy.copy(self.tuned)
         acting._modules = dict(self.tuned._modules)
-        acting.eta = self.eta
+        acting.eta, acting.solver = self.eta, SOLVERS["transition"]
         if self.first:
             acting.network = StagedNetwork.of(self.cloned.network, self.tuned.network, self._switch())
         return acting
@@ -160,13 +184,13 @@ class DPPO(Algorithm):
         """A time between the last step of the cloned network and the first of the tuned one."""
         return self.tuned.grid[self.first - 1 : self.first + 1].mean().item()
 
-    def _earlier_steps(self, x: Tensor, generator: torch.Generator, obs: Observation) -> Tensor:
-        """The first K - K' steps, of the cloned policy alone."""
+    def _earlier_steps(self, x: Tensor, generator: torch.Generator, features: Tensor) -> Tensor:
+        """The first K - K' steps, of the cloned policy alone; the encoder is the same for both then."""
         if not self.first:
             return x
         policy = self.cloned
         grid = self.tuned.grid[: self.first + 1]
-        denoise = policy.denoise_on(grid, policy.encode(obs))
+        denoise = policy.denoise_on(grid, policy.network.embed_observation(features))
         for k in range(self.first):
             gaussian = transition(policy.path, x, denoise(x, k), grid[k], grid[k + 1], self.eta)
             x = gaussian.mean + gaussian.std * randn(x.shape, generator, x.device)
@@ -181,7 +205,9 @@ class DPPO(Algorithm):
 
     def _log_prob(self, gaussian: Gaussian, x: Tensor) -> Tensor:
         """Of the steps that are executed, [R]."""
-        return self.reduce(gaussian.log_prob(x)[:, self.tuned.spec.executed])
+        floored = Gaussian(gaussian.mean, gaussian.std.clamp(min=self.log_prob_floor))
+        each = floored.log_prob(x)[:, self.tuned.spec.executed]
+        return self.reduce(each if self.log_prob_limits is None else each.clamp(*self.log_prob_limits))
 
     def _guarded(self, log_ratio: Tensor, new: Gaussian, old_mean: Tensor) -> Tensor:
         """(log r + |mu - mu_old|^2 / (2 std^2)) std: mean 0 under the old policy, alike for all noise levels."""
@@ -196,7 +222,7 @@ class DPPO(Algorithm):
             cond = _take(self.cloned.network.embed_observation(features), decision)
             a_hat = self.cloned.denoise_on(self.tuned.grid, cond)(x, self.first + row)
             old = self._transition(a_hat, x, row, features[decision])
-        return ((new.mean - old.mean) / new.std).square().mean() / 2
+        return ((new.mean - old.mean) / new.std.detach()).square().mean() / 2
 
 
 def _take(features: Features, rows: Tensor) -> Features:

@@ -70,7 +70,9 @@ class NoiseFloor(Exploration):
             raise FinetuneError(
                 f"algo.exploration's floors must be positive, got {first:g} and {last:g} times {final_share:g}"
             )
-        self.register_buffer("floor", torch.linspace(first, last, rows) if rows > 1 else torch.tensor([last]))
+        floor = torch.linspace(first, last, rows) if rows > 1 else torch.tensor([last])
+        # An option, not state: a resumed run may have another.
+        self.register_buffer("floor", floor, persistent=False)
         self.final_share = final_share
 
     floor: Tensor
@@ -84,6 +86,9 @@ class NoiseFloor(Exploration):
 @final
 class LearnedNoise(Exploration):
     """A network's choice between two bounds (ReinFlow, Zhang et al. 2025), per action dimension; left out when judged.
+
+    It comes on top of the transition's own noise. With `algo.eta=0` there is none of that, as in the paper: the mean is
+    the ODE's step, and the judged policy is deterministic.
 
     Args:
         rows, observed, action_dim: see `Exploration`.
@@ -108,7 +113,7 @@ class LearnedNoise(Exploration):
         if not 0 < low < high:
             raise FinetuneError(f"algo.exploration needs 0 < low < high, got {low:g} and {high:g}")
         self.net = MLP((observed, *hidden, rows * action_dim))
-        self.register_buffer("bounds", torch.tensor([low, high]).log())
+        self.register_buffer("bounds", torch.tensor([low, high]).log(), persistent=False)
 
     bounds: Tensor
 
@@ -117,4 +122,5 @@ class LearnedNoise(Exploration):
         every: Tensor = self.net(features.flatten(1)).reshape(len(row), self.rows, self.action_dim)
         chosen = every[torch.arange(len(row), device=row.device), row].tanh()
         low, high = self.bounds.unbind()
-        return (low + (high - low) * (chosen + 1) / 2).exp()[:, None, :]
+        learned = (low + (high - low) * (chosen + 1) / 2).exp()[:, None, :]
+        return (std.square() + learned.square()).sqrt()

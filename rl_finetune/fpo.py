@@ -18,8 +18,7 @@ from flowsteer.policies.networks.base import Features
 from flowsteer.policies.paths import expand
 from flowsteer.policies.policy import Observation, Policy
 from flowsteer.policies.samplers import randn
-from flowsteer.rl_finetune.algorithm import Algorithm, Explored, Memory, Step
-from flowsteer.rl_finetune.errors import FinetuneError
+from flowsteer.rl_finetune.algorithm import Algorithm, Explored, Memory, Step, check_options, denoising
 from flowsteer.rl_finetune.trust_region import REDUCTIONS, SURROGATES, clamp_through
 
 
@@ -63,20 +62,29 @@ class FPO(Algorithm):
         train_encoder: bool = False,
     ) -> None:
         super().__init__(policy, train_encoder)
-        if not isinstance(policy, DenoisingPolicy):
-            raise FinetuneError(
-                f"algo=fpo needs a policy that denoises, not a {type(policy).__name__}: fine-tune it with algo=ppo"
-            )
-        if pairs < 1 or not clip > 0 or not perturbation >= 0:
-            raise FinetuneError(
-                "algo.pairs must be at least 1, algo.clip positive and algo.perturbation not negative, "
-                f"got {pairs}, {clip:g} and {perturbation:g}"
-            )
-        self.tuned, self.pairs, self.per_pair, self.clip = policy, pairs, per_pair, clip
+        denoising(policy, "fpo")
+        check_options(
+            ("pairs", pairs >= 1, "at least 1", pairs),
+            ("clip", clip > 0, "positive", clip),
+            ("huber", huber is None or huber > 0, "positive or null", huber or 0),
+            ("loss_limit", loss_limit > 0, "positive", loss_limit),
+            ("ratio_limit", ratio_limit > 0, "positive", ratio_limit),
+            ("perturbation", perturbation >= 0, "not negative", perturbation),
+        )
+        self.pairs, self.per_pair, self.clip = pairs, per_pair, clip
         self.surrogate, self.reduce = pick(SURROGATES, surrogate, "surrogate"), pick(REDUCTIONS, reduction, "reduction")
         self.counted = slice(None) if whole_chunk else policy.spec.executed
         self.as_eps, self.huber = as_eps, huber
         self.loss_limit, self.ratio_limit, self.perturbation = loss_limit, ratio_limit, perturbation
+        self.headline = (
+            f"N = {pairs}; the ratio of {'each pair' if per_pair else 'their mean'} of {reduction} denoising losses "
+            f"is clipped to 1 +- {clip:g}"
+        )
+
+    @property
+    def tuned(self) -> DenoisingPolicy:
+        """The policy, which denoises."""
+        return denoising(self.policy, "fpo")
 
     @torch.no_grad()
     def explore(self, obs: Observation, generator: torch.Generator) -> Explored:

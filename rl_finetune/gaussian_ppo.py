@@ -11,7 +11,7 @@ from flowsteer.policies.choices import pick
 from flowsteer.policies.gaussian import GaussianPolicy
 from flowsteer.policies.policy import Observation, Policy
 from flowsteer.policies.samplers import Gaussian, randn
-from flowsteer.rl_finetune.algorithm import Algorithm, Explored, Memory, Step
+from flowsteer.rl_finetune.algorithm import Algorithm, Explored, Memory, Step, check_options
 from flowsteer.rl_finetune.errors import FinetuneError
 from flowsteer.rl_finetune.trust_region import REDUCTIONS, SURROGATES
 
@@ -47,10 +47,16 @@ class GaussianPPO(Algorithm):
                 f"algo=ppo needs policy=gaussian, not a {type(policy).__name__}: "
                 "fine-tune it with algo=dppo or algo=fpo"
             )
-        if not clip > 0:
-            raise FinetuneError(f"algo.clip must be positive, got {clip:g}")
-        self.tuned, self.clip, self.entropy = policy, clip, entropy
+        check_options(("clip", clip > 0, "positive", clip))
+        self.clip, self.entropy = clip, entropy
         self.surrogate, self.reduce = pick(SURROGATES, surrogate, "surrogate"), pick(REDUCTIONS, reduction, "reduction")
+        self.headline = f"the ratio of the {reduction} log-probability is clipped to 1 +- {clip:g}"
+
+    @property
+    def tuned(self) -> GaussianPolicy:
+        """The policy, which is a Gaussian."""
+        assert isinstance(self.policy, GaussianPolicy)
+        return self.policy
 
     @torch.no_grad()
     def explore(self, obs: Observation, generator: torch.Generator) -> Explored:

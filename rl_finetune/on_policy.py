@@ -73,7 +73,7 @@ class OnPolicy:
         folder: Path | None = None,
         describe: Mapping[str, Any] | None = None,
     ) -> None:
-        accelerator = accelerator or Accelerator()
+        accelerator = accelerator or Accelerator(cpu=env.device.type == "cpu")
         self.processes = Processes(accelerator)
         self.algorithm, self.critic = algorithm.to(accelerator.device).eval(), critic.to(accelerator.device)
         self.acting = algorithm.acting().eval()
@@ -83,7 +83,7 @@ class OnPolicy:
         self.update = Update(algorithm, critic, config, self.processes, self.decisions, self.generator)
         self.episodes = Episodes(env.num_envs, env.device)
         self.progress, self.obs = Progress(), None
-        self._saved, self._best_unsaved = -1, False
+        self._saved, self._best_unsaved, self._counted = -1, False, 0
 
     obs: Observation | None
 
@@ -106,9 +106,10 @@ class OnPolicy:
                 collected = time.perf_counter()
                 numbers = self.update(rollout, critic_alone=progress.iteration < config.critic_warmup)
                 progress.iteration += 1
-                progress.collect_s += collected - started
-                progress.update_s += time.perf_counter() - collected
-                log.log(progress.env_steps, {**self.episodes.numbers(), **numbers, **self._counts()})
+                times = self._times(collected - started, time.perf_counter() - collected)
+                log.log(progress.env_steps, {**self.episodes.numbers(), **numbers, **times})
+                if progress.iteration % config.restart_every == 0:
+                    self._restart()
                 if self._due(config.evaluate_every):
                     self._evaluate(evaluate, log)
                 if self._due(config.save_every) or self._best_unsaved:
@@ -131,12 +132,8 @@ class OnPolicy:
         return rollout
 
     def save(self) -> None:
-        """Write `folder/checkpoints/ENV_STEPS`, and start new episodes: what runs in a simulator cannot be saved."""
+        """Write `folder/checkpoints/ENV_STEPS`."""
         progress, folder = self.progress, self.folder
-        if self.obs is not None:
-            used = max(self.env.seeds) + 1
-            progress.next_seed = round(max(self.processes.gather(torch.tensor([[used]]))[0].tolist()))
-            self.obs = None
         if folder is not None and self.processes.rank == 0:
             target = folder / "checkpoints" / f"{progress.env_steps:09d}"
             if self._saved != progress.env_steps:
@@ -177,7 +174,7 @@ class OnPolicy:
             raise FinetuneError(
                 f"{folder}: the training state does not fit ({reason}): it cannot be resumed"
             ) from error
-        self._saved = self.progress.env_steps
+        self._saved = self._counted = self.progress.env_steps
 
     def _load_state(self, state: checkpoint.TrainerState) -> None:
         parts: dict[str, dict[str, Tensor]] = {}
@@ -192,6 +189,12 @@ class OnPolicy:
         self.update.gradient_steps = state.values["gradient_steps"]
         self.update.reward_scale.load_state_dict(state.values["reward_scale"])
 
+    def _restart(self) -> None:
+        """Let all environments of all processes start new episodes."""
+        self.progress.next_seed = self.processes.largest(max(self.env.seeds)) + 1
+        self.update.reward_scale.restart()
+        self.obs = None
+
     def _seed(self) -> None:
         """An iteration's random numbers are a function of the run's seed, the process and the iteration alone."""
         entropy = [self.seed, self.processes.rank, self.progress.iteration]
@@ -204,21 +207,32 @@ class OnPolicy:
         return every > 0 and (last or self.progress.iteration % every == 0)
 
     def _evaluate(self, evaluate: Evaluate | None, log: Log) -> None:
-        """Judge the acting policy on the main process, the others wait."""
-        progress = self.progress
+        """Judge the acting policy on the main process, the others wait for what it says."""
+        progress, better = self.progress, False
         if evaluate is not None and self.config.evaluate_every and not self.processes.rank:
-            numbers, score = evaluate(self.acting, progress.env_steps)
+            try:
+                numbers, score = evaluate(self.acting, progress.env_steps)
+            except Exception:
+                # A simulator that fails must not cost what has been learnt.
+                self.save()
+                raise
             log.log(progress.env_steps, numbers)
-            if progress.best_score is None or score > progress.best_score:
-                progress.best_score, self._best_unsaved = score, True
-        self.processes.wait()
+            better = progress.best_score is None or score > progress.best_score
+            progress.best_score = score if better else progress.best_score
+        # All processes must know, since saving is something that they do together.
+        self._best_unsaved |= self.processes.total(better) > 0
 
-    def _counts(self) -> dict[str, float]:
-        progress = self.progress
+    def _times(self, collect_s: float, update_s: float) -> dict[str, float]:
+        """Of this iteration, and what has been counted since the beginning."""
+        progress, steps = self.progress, self.progress.env_steps
+        progress.collect_s += collect_s
+        progress.update_s += update_s
+        now, self._counted = steps - self._counted, steps
         return {
             "count/decisions": float(progress.decisions),
             "count/gradient_steps": float(self.update.gradient_steps),
-            "time/collect_s": progress.collect_s,
-            "time/update_s": progress.update_s,
-            "time/env_steps_per_s": progress.env_steps / (progress.collect_s + progress.update_s),
+            "time/collect_s": collect_s,
+            "time/update_s": update_s,
+            "time/collect_env_steps_per_s": now / collect_s,
+            "time/env_steps_per_s": now / (collect_s + update_s),
         }

@@ -29,12 +29,13 @@ class OnPolicyConfig:
         gamma: discount of one decision.
         lam: lambda of the advantage estimate.
         scale_rewards: divide by the running deviation of the discounted return.
-        target_kl: an iteration's update ends when a minibatch has moved this far.
-        max_kl: the run ends, with the last checkpoint kept, when one has moved this far.
+        target_kl: an iteration's update ends when the policy has moved this far.
+        max_kl: the run ends, with the last checkpoint kept, when it has moved this far.
         measure_signal: compare the gradients of two halves of the environments, which costs one more minibatch.
         evaluate_every: iterations between evaluations on unseen seeds, 0 for none; the first comes before any update.
-        save_every: iterations between checkpoints, after each of which all environments start new episodes, so that a
-            resumed run equals one that went on.
+        save_every: iterations between checkpoints.
+        restart_every: iterations after which all environments start new episodes; what runs in a simulator cannot be
+            saved, so a resumed run equals one that went on where it was stopped at a multiple of it.
 
     Raises:
         FinetuneError: a value is out of its range.
@@ -52,14 +53,16 @@ class OnPolicyConfig:
     gamma: float = 0.99
     lam: float = 0.95
     scale_rewards: bool = True
-    target_kl: float = 1.0
-    max_kl: float = 20.0
+    target_kl: float = 0.001
+    max_kl: float = 0.1
     measure_signal: bool = True
     evaluate_every: int = 10
     save_every: int = 10
+    restart_every: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("env_steps", "decisions", "epochs", "batch_size", "critic_batch_size", "save_every"):
+        counts = ("env_steps", "decisions", "epochs", "batch_size", "critic_batch_size", "save_every", "restart_every")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise FinetuneError(f"train.{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "critic_lr", "grad_clip", "target_kl", "max_kl"):

@@ -30,6 +30,11 @@ class Processes:
         """The sum of one number of each process."""
         return float(self.sum(torch.tensor(value, dtype=torch.float64, device=self.device)).item())
 
+    def largest(self, value: int) -> int:
+        """Of one number of each process."""
+        mine = torch.tensor([[value]], device=self.device)
+        return int(self.gather(mine).max().item())
+
     def gather(self, values: Tensor) -> Tensor:
         """Arrays [S, N] of all processes side by side."""
         return values if self.count == 1 else self._accelerator.gather(values.T.contiguous()).T
@@ -49,7 +54,3 @@ class Processes:
         flat = self._accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
-
-    def wait(self) -> None:
-        """For the others."""
-        self._accelerator.wait_for_everyone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -89,10 +90,13 @@ def collect(
     """
     observed, final, memories, results = [], [], [], []
     env_steps = 0
+    _check_finite(obs, env.seeds)
     for _ in range(decisions):
         explored = algorithm.explore(obs, generator)
         result = env.step_chunk(explored.actions)
-        _check_finite(result)
+        kept = ~result.info["lost"]
+        _check_finite({"reward": result.reward_sum, **result.final_obs}, result.info["seed"].tolist(), kept)
+        _check_finite(result.obs, env.seeds)
         observed.append(obs)
         final.append(result.final_obs)
         memories.append(explored.memory)
@@ -116,17 +120,16 @@ def _stack(steps: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
 
 
-def _check_finite(result: StepResult) -> None:
-    arrays = {"reward": result.reward_sum, **result.final_obs}
+def _check_finite(arrays: Mapping[str, Tensor], seeds: Sequence[int], kept: Tensor | None = None) -> None:
+    """Of environments [N] with these episodes; one that is not kept was lost, and may hold anything."""
     for name, value in arrays.items():
         # One sum instead of a mask of every element: it is not finite if any of them is not.
         if value.dtype.is_floating_point and not bool(value.sum().isfinite()):
-            bad = ~value.flatten(1).isfinite().all(1) if value.ndim > 1 else ~value.isfinite()
-            bad &= ~result.info["lost"]
+            bad = ~value.reshape(len(value), -1).isfinite().all(1)
+            bad = bad if kept is None else bad & kept
             if bad.any():
                 i = int(bad.nonzero()[0])
-                seed = int(result.info["seed"][i])
                 raise FinetuneError(
-                    f"environment {i} gave a {name} that is not finite in the episode of seed {seed}: "
+                    f"environment {i} gave a {name} that is not finite in the episode of seed {seeds[i]}: "
                     "mend the task; the last checkpoint is kept"
                 )

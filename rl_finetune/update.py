@@ -95,9 +95,11 @@ class Update:
         features, final = self._encode(rollout.obs), self._encode(rollout.final_obs)
         value, next_value = (self.critic(part.flatten(0, 1)).view_as(reward) for part in (features, final))
         if config.scale_rewards:
-            self.reward_scale.update(self.processes.gather(reward), self.processes.gather(rollout.ended))
+            known = torch.where(rollout.kept, reward, 0.0)
+            self.reward_scale.update(self.processes.gather(known), self.processes.gather(rollout.ended))
             reward = self.reward_scale(reward)
-        advantage = gae(reward, value, next_value, rollout.terminated, rollout.ended, config.gamma, config.lam)
+        ends = (rollout.terminated, rollout.ended, rollout.kept)
+        advantage = gae(reward, value, next_value, *ends, config.gamma, config.lam)
         target, kept = (advantage + value).flatten(), rollout.kept.flatten()
         unexplained = advantage.flatten()[kept].var() / target[kept].var().clamp(min=1e-12)
         mean, std = self.processes.moments(advantage.flatten()[kept])
@@ -117,24 +119,34 @@ class Update:
         rows, steps, taken = self.algorithm.rows, [], []
         kl = 0.0
         for batch in self._minibatches(len(sample.kept), rows, self.config.batch_size):
-            step = self._descend(sample, batch)
-            steps.append(step)
-            taken.append(batch % rows)
+            step = self._augmented(sample, batch)
+            # Of the steps taken so far, on rows that are as good as new.
             kl = self.processes.total(kl_estimate(step.log_ratio).item()) / self.processes.count
             self._check_kl(kl)
             if kl > self.config.target_kl:
                 break
-        return {"train/kl": kl, "train/minibatches": float(len(steps)), **_numbers(steps, torch.cat(taken), rows)}
+            self._descend(step.loss, self.optimizer, self.learning)
+            self.gradient_steps += 1
+            steps.append(step._replace(loss=step.loss.detach()))
+            taken.append(batch % rows)
+        numbers = _numbers(steps, torch.cat(taken), rows) if steps else {}
+        return {"train/kl": kl, "train/minibatches": float(len(steps)), **numbers}
 
-    def _descend(self, sample: Sample, batch: Tensor) -> Step:
-        step = self.step(sample, batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        step.loss.backward()  # type: ignore[no-untyped-call]
-        self.processes.average_gradients(self.learning)
-        nn.utils.clip_grad_norm_(self.learning, self.config.grad_clip)
-        self.optimizer.step()
-        self.gradient_steps += 1
-        return step._replace(loss=step.loss.detach())
+    def _descend(self, loss: Tensor, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.processes.average_gradients(parameters)
+        nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)
+        optimizer.step()
+
+    def _augmented(self, sample: Sample, batch: Tensor) -> Step:
+        """`step` with the encoder's augmentation, if it learns."""
+        encoder = self.algorithm.policy.encoder
+        encoder.train(self.algorithm.train_encoder)
+        try:
+            return self.step(sample, batch)
+        finally:
+            encoder.eval()
 
     def step(self, sample: Sample, batch: Tensor) -> Step:
         """The algorithm's step for rows numbered decision by decision; each decision is encoded once."""
@@ -152,11 +164,7 @@ class Update:
         for batch in self._minibatches(len(sample.kept), 1, self.config.critic_batch_size):
             decision = sample.kept[batch]
             loss = 0.5 * (self.critic(sample.features[decision]) - sample.target[decision]).square().mean()
-            self.critic_optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self.processes.average_gradients(self.critic_learning)
-            nn.utils.clip_grad_norm_(self.critic_learning, self.config.grad_clip)
-            self.critic_optimizer.step()
+            self._descend(loss, self.critic_optimizer, self.critic_learning)
             losses.append(loss.detach())
         return torch.stack(losses).mean().item()
 

@@ -23,7 +23,7 @@ SUBSTEP_S = 0.01
 SUCCESS_COVERAGE = 0.95
 
 
-def coverage_reward(before: Any, after: Any, xp: Any = np) -> Any:
+def coverage_reward(before: Callable[[], Any], after: Any, xp: Any = np) -> Any:
     """gym-pusht's: coverage / 0.95, at most 1, of every step; evaluation reports it.
 
     Its sum grows with every step that a nearly solved episode goes on, so who learns from it learns not to finish.
@@ -31,17 +31,29 @@ def coverage_reward(before: Any, after: Any, xp: Any = np) -> Any:
     return xp.clip(after / SUCCESS_COVERAGE, 0.0, 1.0)
 
 
-def progress_reward(before: Any, after: Any, xp: Any = np) -> Any:
+def progress_reward(before: Callable[[], Any], after: Any, xp: Any = np) -> Any:
     """To learn from: what the step has gained of coverage / 0.95, and 1 more when it solves the task.
 
     Its sum is the coverage at the end less that at the start, however long it took.
     """
-    gained = xp.clip(after / SUCCESS_COVERAGE, 0.0, 1.0) - xp.clip(before / SUCCESS_COVERAGE, 0.0, 1.0)
+    gained = xp.clip(after / SUCCESS_COVERAGE, 0.0, 1.0) - xp.clip(before() / SUCCESS_COVERAGE, 0.0, 1.0)
     return gained + xp.where(after > SUCCESS_COVERAGE, 1.0, 0.0)
 
 
 REWARDS: dict[str, Callable[..., Any]] = {"coverage": coverage_reward, "progress": progress_reward}
-"""Coverage before the step, coverage after it, array library -> reward."""
+"""What asks for the coverage before the step, the coverage after it, array library -> reward."""
+
+
+def find_reward(task: str, name: str) -> Callable[..., Any]:
+    """The reward `name` of Push-T.
+
+    Raises:
+        SimError: there is none.
+    """
+    if name not in REWARDS:
+        raise SimError(f"{task}: reward '{name}' is unknown, choose one of {sorted(REWARDS)}")
+    return REWARDS[name]
+
 
 # The nine block key points of the human demonstrations, in the block's frame. Their authors drew them at random inside
 # the block once; the table is the mean of R(-angle) (keypoint - position) over the 13,379 recorded frames in which the
@@ -69,7 +81,7 @@ class PushTEnv(SingleEnv):
     plain floats and the coverage is computed only where the block has moved, against a goal built once.
     """
 
-    def __init__(self, observation: str, reward: str = "coverage") -> None:
+    def __init__(self, observation: str, reward: str) -> None:
         os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
         self._shapely = optional_module("shapely", "pusht")
         self._scene = optional_module("gym_pusht.envs.pusht", "pusht").PushTEnv(
@@ -106,7 +118,7 @@ class PushTEnv(SingleEnv):
         self._push(float(action[0]), float(action[1]))
         coverage = self.coverage()
         success = coverage > SUCCESS_COVERAGE
-        return Step(self._observe(self), float(self._reward(before, coverage)), success, success)
+        return Step(self._observe(self), float(self._reward(lambda: before, coverage)), success, success)
 
     def coverage(self) -> float:
         """The share of the goal that the block covers now, in [0, 1]."""
@@ -266,8 +278,7 @@ class PushT(Task):
     ) -> None:
         if observation not in OBSERVATIONS:
             raise SimError(f"pusht: observation '{observation}' is unknown, choose one of {sorted(OBSERVATIONS)}")
-        if reward not in REWARDS:
-            raise SimError(f"pusht: reward '{reward}' is unknown, choose one of {sorted(REWARDS)}")
+        find_reward("pusht", reward)
         self.observation, self.reward = observation, reward
         self.dataset_keys = {**recorded_state_keys(), "image": DatasetKey("img")}
         self.mirror = mirrored if set(OBSERVATIONS[observation][0]) <= set(_MIRRORED) else None

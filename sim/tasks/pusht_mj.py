@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from typing import Any, final
+from typing import Any, ClassVar, Literal, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from flowsteer.sim.spec import TaskSpec
 from flowsteer.sim.tasks.base import Array
 from flowsteer.sim.tasks.gymnasium_env import RENDER_SIZE
 from flowsteer.sim.tasks.mujoco_task import Batch, Judgement, MujocoTask, State, Xp, load_mjcf
-from flowsteer.sim.tasks.pusht import BOARD, SUCCESS_COVERAGE, mirrored, recorded_state_keys
+from flowsteer.sim.tasks.pusht import BOARD, REWARDS, SUCCESS_COVERAGE, find_reward, mirrored, recorded_state_keys
 from flowsteer.sim.tasks.tee import coverage
 
 PIXELS = 100.0
@@ -30,7 +31,22 @@ class PushTMujoco(MujocoTask):
 
     Actions, observations, reward and starts are those of `pusht`; an episode's seed gives the same start there.
     Positions are in pixels.
+
+    Args:
+        randomize: see `MujocoTask`.
+        reward: "coverage" (gym-pusht's) or "progress" (to learn from).
     """
+
+    training_options: ClassVar[Mapping[str, Any]] = {"reward": "progress"}
+
+    def __init__(
+        self,
+        randomize: Mapping[str, Sequence[float]] | None = None,
+        reward: Literal["coverage", "progress"] = "coverage",
+    ) -> None:
+        super().__init__(randomize)
+        self.reward = reward
+        find_reward("pusht_mj", reward)
 
     spec = TaskSpec(
         name="pusht_mj",
@@ -73,14 +89,18 @@ class PushTMujoco(MujocoTask):
         }
 
     def judge(self, xp: Xp, before: State, actions: Batch, after: State) -> Judgement:
-        """Coverage / 0.95, at most 1; solved and over above 0.95."""
-        covered = coverage(xp, *_block_pose(xp, after.qpos), GOAL)
+        """The task's reward; solved and over at a coverage above 0.95."""
+        covered = _covered(xp, after)
         solved = covered > SUCCESS_COVERAGE
-        return Judgement(xp.clip(covered / SUCCESS_COVERAGE, 0.0, 1.0), solved, solved)
+        return Judgement(REWARDS[self.reward](lambda: _covered(xp, before), covered, xp), solved, solved)
 
     def project(self, actions: Array) -> Array:
         """Pixels of the board to pixels of the picture."""
         return np.asarray(actions, np.float64) * (RENDER_SIZE / BOARD)
+
+
+def _covered(xp: Xp, state: State) -> Batch:
+    return coverage(xp, *_block_pose(xp, state.qpos), GOAL)
 
 
 def _block_pose(xp: Xp, qpos: Batch) -> tuple[Batch, Batch, Batch, Batch]:

@@ -112,7 +112,22 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     cases: list[tuple[tuple[str, ...], int, str]] = [
         ((), 2, "checkpoint= is missing: name a run folder of flowsteer train, or learn from nothing with task=NAME"),
         ((f"checkpoint={trained}", "policy=flow"), 2, "checkpoint= brings its own policy: leave policy= out, or leave"),
-        ((f"checkpoint={trained}", "task=hopper"), 2, "checkpoint= brings its own task: leave task= out, or leave che"),
+        (
+            (f"checkpoint={trained}", "task=hopper", "sim.backend=gym"),
+            1,
+            "the policy needs observation 'agent_position', task 'hopper' offers",
+        ),
+        (
+            (f"checkpoint={trained}", "horizon.execution_steps=4"),
+            2,
+            "horizon.execution_steps is the checkpoint's, 8: l",
+        ),
+        (
+            (*HOPPER, "policy=flow", "algo=fpo", "exploration=learned"),
+            2,
+            "FPO explores by itself: leave exploration= out",
+        ),
+        (("task=pusht_image", "policy=flow", *SMALL), 2, "an encoder that starts from nothing must learn: set algo.tr"),
         (
             (f"checkpoint={trained}", "algo=ppo"),
             1,

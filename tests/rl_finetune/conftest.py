@@ -86,7 +86,7 @@ def _limits(bound, width):
     return SimpleNamespace(min=-bound * ones, max=bound * ones, mean=0 * ones, std=bound * ones)
 
 
-def policy_of(family, steps=4, seed=0, fresh=False):
+def policy_of(family, steps=4, seed=0, fresh=False, **options):
     """A policy for `Aim`; unless it is fresh, nothing in it is 0, which would hide what depends on it."""
     torch.manual_seed(seed)
     network = partial(ResidualMLP, hidden=32, blocks=2)
@@ -95,7 +95,7 @@ def policy_of(family, steps=4, seed=0, fresh=False):
         "flow": partial(FlowPolicy, network=network, steps=steps),
         "gaussian": partial(GaussianPolicy, hidden=(32,)),
     }
-    policy = families[family](spec=SPEC, encoder=LowDim)
+    policy = families[family](spec=SPEC, encoder=LowDim, **options)
     policy.fit_normalizer({"target": _limits(1.0, 2), "action": _limits(HIGH, 2)})
     for name, parameter in policy.named_parameters():
         if not fresh and ("output" in name or "modulation" in name):

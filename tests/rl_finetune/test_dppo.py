@@ -5,6 +5,8 @@ from functools import partial
 import pytest
 import torch
 
+from flowsteer.policies.denoising import SOLVERS
+from flowsteer.policies.errors import PolicyError
 from flowsteer.policies.networks.staged import StagedNetwork
 from flowsteer.policies.samplers import Gaussian, transition
 from flowsteer.rl_finetune.dppo import DPPO
@@ -140,11 +142,15 @@ def test_a_guarded_ratio_has_no_drift(make_policy, observe):
     # Under the old policy log r has the mean -|dmu|^2 / (2 std^2); the guarded one has 0.
     algorithm = make(make_policy("flow"), fine_tuned_steps=1, normalize_ratio=True)
     old, shift = torch.zeros(20_000, 4, 2), 0.5
-    new = Gaussian(old + shift, torch.ones(1))
-    x = torch.randn(20_000, 4, 2, generator=torch.Generator().manual_seed(0))
-    plain = algorithm._log_prob(new, x) - algorithm._log_prob(Gaussian(old, torch.ones(1)), x)
-    assert plain.mean().item() == pytest.approx(-(shift**2) / 2, abs=0.01)
-    assert algorithm._guarded(plain, new, old).mean().item() == pytest.approx(0, abs=0.01)
+    std = torch.tensor([0.5])
+    new = Gaussian(old + shift, std)
+    x = std * torch.randn(20_000, 4, 2, generator=torch.Generator().manual_seed(0))
+    plain = algorithm._log_prob(new, x) - algorithm._log_prob(Gaussian(old, std), x)
+    assert plain.mean().item() == pytest.approx(-(shift**2) / (2 * 0.25), abs=0.02)
+    guarded = algorithm._guarded(plain, new, old)
+    assert guarded.mean().item() == pytest.approx(0, abs=0.01)
+    # What is left of each element is (x - mu_old) dmu / std^2 * std, whose deviation is |dmu|; of a mean of four, half.
+    assert guarded.std().item() == pytest.approx(shift / 2, rel=0.03)
 
 
 def test_the_anchor_is_zero_at_the_cloned_policy_and_grows_away_from_it(make_policy, observe, generator):
@@ -179,6 +185,8 @@ def test_learned_noise_stays_in_its_bounds_and_learns(make_policy, observe, gene
     std = algorithm.exploration(torch.zeros(1), row, features[decision], 0.0)
     assert std.shape == (12, 1, 2)
     assert bool(((std >= 0.05) & (std <= 0.2)).all())
+    both = algorithm.exploration(torch.full((1,), 0.3), row, features[decision], 0.0)
+    torch.testing.assert_close(both, (std.square() + 0.09).sqrt())
     algorithm.step(features, memory, decision, row, torch.randn(12)).loss.backward()
     assert any(p.grad.abs().sum() > 0 for p in algorithm.exploration.parameters())
 
@@ -186,12 +194,18 @@ def test_learned_noise_stays_in_its_bounds_and_learns(make_policy, observe, gene
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"fine_tuned_steps": 5}, "algo.fine_tuned_steps must be from 1 to the 4 denoising steps"),
-        ({"fine_tuned_steps": 0}, "algo.fine_tuned_steps must be from 1 to the 4 denoising steps"),
-        ({"eta": 0.0, "fine_tuned_steps": 2}, "algo.eta must be in (0, 1], got 0: without noise there is no log-pro"),
+        ({"fine_tuned_steps": 5}, "algo.fine_tuned_steps must be from 1 to the 4 denoising steps, got 5"),
+        ({"fine_tuned_steps": 0}, "algo.fine_tuned_steps must be from 1 to the 4 denoising steps, got 0"),
+        ({"eta": 1.5, "fine_tuned_steps": 2}, "algo.eta must be in [0, 1], got 1.5"),
+        ({"clip_last": 0.0, "fine_tuned_steps": 2}, "algo.clip_last must be positive, got 0"),
+        ({"noise_limit": 0.0, "fine_tuned_steps": 2}, "algo.noise_limit must be positive, got 0"),
+        (
+            {"anchor": 1.0, "fine_tuned_steps": 4, "train_encoder": True},
+            "algo.train_encoder=true needs algo.fine_tuned",
+        ),
         (
             {"fine_tuned_steps": 2, "train_encoder": True},
-            "algo.train_encoder=true needs algo.fine_tuned_steps=4: the e",
+            "algo.train_encoder=true needs algo.fine_tuned_steps=4 and algo.anchor=0: the cloned",
         ),
         ({"floor": 0.0, "fine_tuned_steps": 2}, "algo.exploration's floors must be positive, got 0 and 0 times 1"),
     ],
@@ -200,6 +214,40 @@ def test_options_out_of_range_are_refused(make_policy, options, message):
     with pytest.raises(FinetuneError) as error:
         make(make_policy("flow"), **options)
     assert message in str(error.value)
+
+
+def test_more_steps_than_the_network_has_learnt_are_refused(make_policy):
+    with pytest.raises(PolicyError, match=r"policy\.steps=200 from policy\.start=1 asks the network at t = 0\.005"):
+        make(make_policy("diffusion"), steps=200)
+
+
+def test_the_acting_policy_takes_the_transitions_whatever_solved_the_cloned_one(make_policy, observe, generator):
+    policy = make_policy("flow")
+    policy.solver = SOLVERS["heun"]
+    assert make(policy, fine_tuned_steps=2).acting().act(observe(), generator=generator).isfinite().all()
+
+
+def test_without_eta_only_exploration_is_random_and_the_judged_policy_is_not(make_policy, observe):
+    algorithm = make(make_policy("flow"), floor=0.05, fine_tuned_steps=2, eta=0.0)
+    seeds = [torch.Generator().manual_seed(s) for s in (0, 1)]
+    noise = torch.randn(6, 4, 2)
+    first, second = (algorithm.acting().act(observe(), noise=noise, generator=g) for g in seeds)
+    torch.testing.assert_close(first, second)
+    _, memory = algorithm.explore(observe(), seeds[0])
+    moved = memory["chain"][:, 1:] - memory["mean"]
+    assert 0.02 < moved.std() < 0.08
+
+
+def test_log_probabilities_may_have_a_floor_and_limits_of_their_own(make_policy, observe, generator):
+    algorithm = make(
+        make_policy("flow"), floor=0.01, fine_tuned_steps=1, log_prob_floor=0.5, log_prob_limits=(-1.0, 2.0)
+    )
+    gaussian = Gaussian(torch.zeros(1, 4, 2), torch.tensor(0.01))
+    x = torch.zeros(1, 4, 2)
+    x[0, 0, 0] = 5.0
+    # Of the four executed elements three are at the mean: -log 0.5 - log(2 pi) / 2; one is far off and clamped.
+    at_mean = -math.log(0.5) - math.log(2 * math.pi) / 2
+    assert algorithm._log_prob(gaussian, x).item() == pytest.approx((3 * at_mean - 1.0) / 4)
 
 
 def test_a_policy_without_denoise_is_refused(make_policy):

@@ -110,12 +110,20 @@ def test_perturbation_moves_the_actions(make_policy, observe):
     assert 0.05 < (still - moved).std() < 0.5
 
 
-@pytest.mark.parametrize("options", [{"pairs": 0}, {"clip": 0.0}, {"perturbation": -1.0}])
-def test_options_out_of_range_are_refused(make_policy, options):
-    with pytest.raises(
-        FinetuneError, match=r"algo\.pairs must be at least 1, algo\.clip positive and algo\.perturbation"
-    ):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pairs": 0}, "algo.pairs must be at least 1, got 0"),
+        ({"clip": 0.0}, "algo.clip must be positive, got 0"),
+        ({"perturbation": -1.0}, "algo.perturbation must be not negative, got -1"),
+        ({"huber": 0.0}, "algo.huber must be positive or null, got 0"),
+        ({"ratio_limit": 0.0}, "algo.ratio_limit must be positive, got 0"),
+    ],
+)
+def test_options_out_of_range_are_refused(make_policy, options, message):
+    with pytest.raises(FinetuneError) as error:
         FPO(make_policy("flow"), **options)
+    assert str(error.value) == message
 
 
 def test_a_policy_without_denoising_loss_is_refused(make_policy):

@@ -26,7 +26,16 @@ ALGORITHMS = {
     "fpo": ("flow", partial(FPO, pairs=4)),
     "ppo": ("gaussian", GaussianPPO),
 }
-SHORT = {"decisions": 6, "epochs": 2, "batch_size": 40, "critic_batch_size": 24, "evaluate_every": 0, "save_every": 2}
+SHORT = {
+    "decisions": 6,
+    "epochs": 2,
+    "target_kl": 0.1,
+    "max_kl": 10.0,
+    "batch_size": 40,
+    "critic_batch_size": 24,
+    "evaluate_every": 0,
+    "save_every": 2,
+}
 
 
 class Record:
@@ -62,17 +71,18 @@ def test_every_algorithm_learns_to_aim(make_loop, name):
     assert sum(returns[-5:]) > 0.6 * sum(returns[:5])
 
 
+@pytest.mark.parametrize(("steps", "iterations"), [(90, 1), (180, 2), (270, 3)])
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_a_run_that_was_stopped_equals_one_that_went_on(make_loop, tmp_path, name):
+def test_a_run_that_was_stopped_equals_one_that_went_on(make_loop, tmp_path, name, steps, iterations):
     whole = make_loop(name, folder=tmp_path / "whole")
     whole.train(Record())
     part = make_loop(name, folder=tmp_path / "part")
-    part.config = OnPolicyConfig(**{**SHORT, "env_steps": 180})
+    part.config = OnPolicyConfig(**{**SHORT, "env_steps": steps})
     part.train(Record())
     again = make_loop(name, folder=tmp_path / "part")
     again.resume(tmp_path / "part")
     assert 0 < again.progress.env_steps < whole.progress.env_steps
-    assert again.progress.iteration == 2
+    assert again.progress.iteration == iterations
     again.train(Record())
     one, other = (read_tensors(tmp_path / run / "last" / "trainer.safetensors") for run in ("whole", "part"))
     assert one.keys() == other.keys()
@@ -149,16 +159,52 @@ def test_the_update_ends_where_the_target_is_passed(make_loop):
     assert max(updates) < 3
 
 
-def test_a_lost_episode_teaches_nothing(make_loop):
+def test_a_lost_episode_teaches_nothing_whatever_it_ended_with(make_loop):
     loop = make_loop("fpo")
     rollout = loop.collect()
-    rollout.kept[2, 5] = False
-    rollout.reward[2, 5] = 1e6
-    loop.config.scale_rewards and loop.update.reward_scale.update(rollout.reward * rollout.kept, rollout.ended)
+    lost = (2, 5)
+    rollout.kept[lost] = False
+    rollout.reward[lost] = float("nan")
+    rollout.final_obs["target"][lost] = float("nan")
     sample, numbers = loop.update.sample(rollout)
     assert 2 * 8 + 5 not in sample.kept.tolist()
     assert len(sample.kept) == 47
     assert numbers["collect/lost"] == 1
+    assert sample.advantage[sample.kept].isfinite().all()
+    assert loop.update.reward_scale.std > 0
+    numbers = loop.update(rollout, critic_alone=False)
+    assert all(value == value for value in numbers.values())
+
+
+def test_a_policy_whose_actions_are_relative_is_tuned_as_any(make_policy, make_env):
+    policy = make_policy("flow", relative_to="target")
+    algorithm = DPPO(policy, partial(NoiseFloor, first=0.2, last=0.2), fine_tuned_steps=2)
+    options = OnPolicyConfig(**{**SHORT, "env_steps": 300, "critic_warmup": 0})
+    assert OnPolicy(algorithm, Critic(2), make_env(), options).train(Record())
+
+
+def test_an_option_that_is_changed_when_resuming_counts(make_loop, tmp_path):
+    make_loop("dppo", folder=tmp_path / "run").train(Record())
+    again = make_loop("dppo")
+    again.algorithm.clip.fill_(0.5)
+    again.algorithm.exploration.floor.fill_(0.7)
+    again.resume(tmp_path / "run")
+    assert again.algorithm.clip.tolist() == [0.5, 0.5]
+    assert again.algorithm.exploration.floor.tolist() == pytest.approx([0.7, 0.7])
+
+
+def test_a_simulator_that_fails_while_judging_costs_nothing(make_loop, tmp_path):
+    loop = make_loop("fpo", folder=tmp_path / "run", evaluate_every=2, save_every=100)
+    judged = iter(range(100))
+
+    def evaluate(policy, step):
+        if next(judged):
+            raise OSError("the simulator is gone")
+        return {}, 0.0
+
+    with pytest.raises(OSError, match="the simulator is gone"):
+        loop.train(Record(), evaluate)
+    assert load_trainer(tmp_path / "run" / "last").values["progress"]["iteration"] == 2
 
 
 def test_judging_comes_first_and_the_best_is_kept(make_loop, tmp_path):
