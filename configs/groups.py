@@ -80,6 +80,7 @@ IMAGE = {"override /encoder": "image"}
 TASKS: dict[str, Any] = {
     "pusht": _task(PushT),
     "pusht_mj": _task(PushTMujoco),
+    "pusht_features": _task(PushT, observation="features"),
     "pusht_keypoints": _task(PushT, observation="keypoints"),
     "pusht_image": _task(PushT, IMAGE, observation="image"),
     "lift": _task(Lift),

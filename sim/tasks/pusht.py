@@ -18,6 +18,8 @@ from flowsteer.sim.tasks.base import Array, Arrays, DatasetKey, SingleEnv, Step,
 BOARD = 512
 """Side of the board in pixels; agent, block and actions live in [0, BOARD]."""
 IMAGE = 96
+GOAL = (256.0, 256.0, math.pi / 4)
+"""Of the block: x, y in pixels, angle in radians."""
 SUBSTEPS = 10
 SUBSTEP_S = 0.01
 SUCCESS_COVERAGE = 0.95
@@ -179,6 +181,33 @@ def _state(env: PushTEnv) -> Arrays:
     return {**_agent_position(env), "block_pose": _continuous(np.array(env.block_pose()))}
 
 
+def _features(env: PushTEnv) -> Arrays:
+    state = np.array([*env.agent_position(), *env.block_pose()])
+    return {**_state(env), "agent_in_block": agent_in_block(state), "near_goal": near_goal(state)}
+
+
+def agent_in_block(state: Array) -> Array:
+    """The finger's x, y [..., 2] in the block's frame, in pixels, where contact looks the same however the block lies.
+
+    Args:
+        state: finger x, y, block x, y, angle [..., 5].
+    """
+    cos, sin = np.cos(state[..., 4]), np.sin(state[..., 4])
+    dx, dy = state[..., 0] - state[..., 2], state[..., 1] - state[..., 3]
+    return np.stack([cos * dx + sin * dy, cos * dy - sin * dx], axis=-1).astype(np.float32)
+
+
+def near_goal(state: Array) -> Array:
+    """Tanh of the block's x, y (in 30 pixels) and angle (in 0.3 rad) from the goal [..., 3]: fine near, flat far off.
+
+    Args:
+        state: finger x, y, block x, y, angle [..., 5].
+    """
+    turned = (state[..., 4] - GOAL[2] + math.pi) % (2 * math.pi) - math.pi
+    away = [(state[..., 2] - GOAL[0]) / 30, (state[..., 3] - GOAL[1]) / 30, turned / 0.3]
+    return np.tanh(np.stack(away, axis=-1)).astype(np.float32)
+
+
 def _continuous(pose: Array) -> Array:
     """Poses x, y, angle [..., 3] as x, y, cos, sin [..., 4]: an angle jumps where it wraps, and a network with it."""
     turned = np.stack([np.cos(pose[..., 2]), np.sin(pose[..., 2])], axis=-1)
@@ -213,6 +242,8 @@ def recorded_state_keys() -> dict[str, DatasetKey]:
     return {
         "agent_position": DatasetKey("state", _recorded_agent),
         "block_pose": DatasetKey("state", _recorded_block),
+        "agent_in_block": DatasetKey("state", agent_in_block),
+        "near_goal": DatasetKey("state", near_goal),
     }
 
 
@@ -222,7 +253,8 @@ def mirrored(arrays: Arrays) -> Arrays:
     The board, the goal and the T stay what they are: (x, y) becomes (512 - y, 512 - x), an angle pi/2 minus itself.
 
     Args:
-        arrays: any of "agent_position" [N, 2], "block_pose" [N, 4], "image" [N, 96, 96, 3] and "action" [N, 2].
+        arrays: any of "agent_position" [N, 2], "block_pose" [N, 4], "agent_in_block" [N, 2], "near_goal" [N, 3],
+            "image" [N, 96, 96, 3] and "action" [N, 2].
     """
     return {key: _MIRRORED[key](array) for key, array in arrays.items()}
 
@@ -235,6 +267,14 @@ def _mirrored_pose(pose: Array) -> Array:
     return np.concatenate([_mirrored_position(pose[..., :2]), pose[..., :1:-1]], axis=-1)
 
 
+def _mirrored_in_block(xy: Array) -> Array:
+    return np.stack([-xy[..., 0], xy[..., 1]], axis=-1)
+
+
+def _mirrored_near_goal(error: Array) -> Array:
+    return np.concatenate([-error[..., 1::-1], -error[..., 2:]], axis=-1)
+
+
 def _mirrored_image(image: Array) -> Array:
     return np.swapaxes(image[..., ::-1, ::-1, :], -3, -2)
 
@@ -242,6 +282,8 @@ def _mirrored_image(image: Array) -> Array:
 _MIRRORED: dict[str, Callable[[Array], Array]] = {
     "agent_position": _mirrored_position,
     "block_pose": _mirrored_pose,
+    "agent_in_block": _mirrored_in_block,
+    "near_goal": _mirrored_near_goal,
     "image": _mirrored_image,
     "action": _mirrored_position,
 }
@@ -250,6 +292,15 @@ _AGENT = ArraySpec((2,))
 
 OBSERVATIONS: dict[str, tuple[dict[str, ArraySpec], Callable[[PushTEnv], Arrays]]] = {
     "state": ({"agent_position": _AGENT, "block_pose": ArraySpec((4,))}, _state),
+    "features": (
+        {
+            "agent_position": _AGENT,
+            "block_pose": ArraySpec((4,)),
+            "agent_in_block": ArraySpec((2,)),
+            "near_goal": ArraySpec((3,)),
+        },
+        _features,
+    ),
     "keypoints": ({"keypoint": ArraySpec((9, 2)), "agent_position": _AGENT}, _keypoints),
     "image": ({"image": ArraySpec((IMAGE, IMAGE, 3), "uint8"), "agent_position": _AGENT}, _image),
 }
@@ -262,9 +313,10 @@ class PushT(Task):
     Actions are target positions of the finger in pixels.
 
     Args:
-        observation: "state" (the finger's position; the block's x, y and cos, sin of its angle), "keypoints" (nine
-            points of the block, as in the human demonstrations, and the finger's position) or "image" (96 x 96 as
-            in the demonstrations, and the finger's position).
+        observation: "state" (the finger's position; the block's x, y and cos, sin of its angle), "features" (these, the
+            finger in the block's frame and how near the goal the block is), "keypoints" (nine points of the block, as
+            in the human demonstrations, and the finger's position) or "image" (96 x 96 as in the demonstrations, and
+            the finger's position).
         reward: "coverage" (gym-pusht's) or "progress" (to learn from).
     """
 
@@ -273,7 +325,7 @@ class PushT(Task):
 
     def __init__(
         self,
-        observation: Literal["state", "keypoints", "image"] = "state",
+        observation: Literal["state", "features", "keypoints", "image"] = "state",
         reward: Literal["coverage", "progress"] = "coverage",
     ) -> None:
         if observation not in OBSERVATIONS:

@@ -15,14 +15,13 @@ from flowsteer.sim.spec import TaskSpec
 from flowsteer.sim.tasks.base import Array
 from flowsteer.sim.tasks.gymnasium_env import RENDER_SIZE
 from flowsteer.sim.tasks.mujoco_task import Batch, Judgement, MujocoTask, State, Xp, load_mjcf
-from flowsteer.sim.tasks.pusht import BOARD, REWARDS, SUCCESS_COVERAGE, find_reward, mirrored, recorded_state_keys
+from flowsteer.sim.tasks.pusht import BOARD, GOAL, REWARDS, SUCCESS_COVERAGE, find_reward, mirrored, recorded_state_keys
 from flowsteer.sim.tasks.tee import coverage
 
 PIXELS = 100.0
 """In one unit of length of the model."""
 MASS_CENTRE = 45.0
 """From the block's origin (the middle of the bar's outer edge), pixels."""
-GOAL = (256.0, 256.0, math.pi / 4)
 
 
 @final

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from flowsteer.sim.errors import SimError
-from flowsteer.sim.tasks.pusht import BLOCK_KEYPOINTS, BOARD, PushT, mirrored, progress_reward
+from flowsteer.sim.tasks.pusht import (
+    BLOCK_KEYPOINTS,
+    BOARD,
+    PushT,
+    agent_in_block,
+    mirrored,
+    near_goal,
+    progress_reward,
+)
 from flowsteer.sim.tasks.pusht_mj import PushTMujoco
 
 zarr = pytest.importorskip("zarr")
@@ -117,6 +125,25 @@ def test_the_recorded_block_pose_is_read_as_it_is_observed():
     np.testing.assert_allclose(keys["block_pose"].read(state), [[30, 40, math.sqrt(3) / 2, 0.5]], rtol=1e-6)
 
 
+def test_features_by_hand():
+    # The block's frame is turned by a quarter: what is 10 to the right of the block is at (0, -10) in it.
+    state = np.array([110.0, 200.0, 100.0, 200.0, math.pi / 2])
+    np.testing.assert_allclose(agent_in_block(state), [0.0, -10.0], atol=1e-5)
+    there = np.array([0.0, 0.0, 256.0, 256.0, math.pi / 4])
+    np.testing.assert_allclose(near_goal(there), [0.0, 0.0, 0.0], atol=1e-6)
+    # 30 pixels to the right of it, and a whole turn and 0.3 rad further.
+    off = there + np.array([0, 0, 30, 0, 2 * math.pi + 0.3])
+    np.testing.assert_allclose(near_goal(off), [math.tanh(1), 0.0, math.tanh(1)], atol=1e-6)
+
+
+def test_recorded_features_are_those_that_the_environment_shows():
+    task = PushT("features")
+    state = np.array([[50.0, 400.0, 200.0, 300.0, -2.5]])
+    seen = task.make().set_state(state[0])
+    for key in ("agent_in_block", "near_goal"):
+        np.testing.assert_allclose(seen[key], task.dataset_keys[key].read(state)[0], atol=1e-3)
+
+
 def test_the_progress_reward_by_hand():
     # Coverage / 0.95 from 0.5 to 0.75; beyond 0.95 of the goal there is nothing more to gain, but the 1 for solving it.
     assert progress_reward(lambda: 0.475, 0.7125) == pytest.approx(0.25)
@@ -174,7 +201,7 @@ def test_mirroring_twice_changes_nothing():
 
 def test_the_world_behaves_the_same_in_the_mirror():
     # Straight pushes of 1 s; long ones diverge, as contact is chaotic and the mirrored numbers round differently.
-    env, twin, rng = PushT().make(), PushT().make(), np.random.default_rng(1)
+    env, twin, rng = PushT("features").make(), PushT("features").make(), np.random.default_rng(1)
     moved = 0
     for _ in range(10):
         x, y, angle = rng.uniform(150, 350), rng.uniform(150, 350), rng.uniform(-3, 3)
@@ -195,5 +222,5 @@ def test_the_world_behaves_the_same_in_the_mirror():
 
 
 def test_only_observations_that_have_a_mirror_image_have_one():
-    assert all(task.mirror is mirrored for task in (PushT("state"), PushT("image"), PushTMujoco()))
+    assert all(task.mirror is mirrored for task in (PushT(), PushT("features"), PushT("image"), PushTMujoco()))
     assert PushT("keypoints").mirror is None

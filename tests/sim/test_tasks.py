@@ -16,6 +16,7 @@ from flowsteer.sim.tasks.robosuite import Can, Lift, Square
 
 TASKS = {
     "pusht": PushT(),
+    "pusht_features": PushT("features"),
     "pusht_keypoints": PushT("keypoints"),
     "pusht_image": PushT("image"),
     "lift": Lift(),
@@ -95,7 +96,7 @@ def test_only_missing_graphics_excuse_a_task():
 
 
 def test_an_unknown_choice_is_named_with_the_known_ones():
-    with pytest.raises(SimError, match=r"pusht: observation 'pixels' is unknown, choose one of \['image', "):
+    with pytest.raises(SimError, match=r"pusht: observation 'pixels' is unknown, choose one of \['features', "):
         PushT("pixels")
     with pytest.raises(SimError, match=r"kitchen: subtasks \['oven'\], choose of bottom burner, top burner, "):
         Kitchen(subtasks=("oven", "kettle"))
