@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from flowsteer.cli.main import main
 from flowsteer.cli.resume import resumed_config
 from flowsteer.cli.run_log import read_metrics
+from flowsteer.cli.train import PATHS
+from flowsteer.configs.train import TrainConfig
 from flowsteer.datasets import ReplayBuffer, write_zarr
 from flowsteer.datasets.opening import open_dataset
 
@@ -228,9 +230,9 @@ def test_a_data_set_given_anew_when_resuming_means_the_working_directory(
     trained: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(dataset.parent)
-    config = resumed_config(trained, [f"resume={trained}", f"dataset={dataset.name}"])
+    config = resumed_config(TrainConfig, PATHS, trained, [f"resume={trained}", f"dataset={dataset.name}"])
     assert config.dataset == str(dataset)
-    assert resumed_config(trained, ["dataset=minari:a/b-v0"]).dataset == "minari:a/b-v0"
+    assert resumed_config(TrainConfig, PATHS, trained, ["dataset=minari:a/b-v0"]).dataset == "minari:a/b-v0"
 
 
 def test_a_recorded_state_that_is_another_is_refused(
