@@ -78,16 +78,40 @@ def with_mirror_images(demonstrations: Demonstrations, task: Task | None) -> Dem
         DataError: the task knows none, or the frames are not in memory.
     """
     if task is None or task.mirror is None:
-        name = "none" if task is None else task.spec.name
-        raise DataError(f"data.mirror=true: task '{name}' knows no mirror image of its observations")
-    buffer = demonstrations.buffer
-    if not all(isinstance(array, np.ndarray) for array in buffer.data.values()):
-        raise DataError("data.mirror=true turns all frames over in memory: set data.in_memory=true")
-    arrays = {key: np.asarray(array) for key, array in buffer.data.items()}
-    images = task.mirror(arrays)
-    data: dict[str, Array] = {key: np.concatenate([array, images[key]]) for key, array in arrays.items()}
-    ends = np.concatenate([buffer.episode_ends, buffer.episode_ends + buffer.num_frames])
-    return Demonstrations(ReplayBuffer(data, ends, buffer.meta, check_finite=False), demonstrations.spec)
+        raise DataError(f"data.mirror=true: task '{_name(task)}' knows no mirror image of its observations")
+    arrays = _in_memory(demonstrations, "data.mirror=true turns all frames over")
+    images, ends = task.mirror(arrays), demonstrations.buffer.episode_ends
+    data = {key: np.concatenate([array, images[key]]) for key, array in arrays.items()}
+    return _replaced(demonstrations, data, np.concatenate([ends, ends + demonstrations.buffer.num_frames]))
+
+
+def in_hindsight(demonstrations: Demonstrations, task: Task | None) -> Demonstrations:
+    """The same E episodes, of a goal that lies where each of them ended.
+
+    Raises:
+        DataError: the task's goal cannot be moved, or the frames are not in memory.
+    """
+    if task is None or task.hindsight is None:
+        raise DataError(f"data.hindsight=true: task '{_name(task)}' cannot move its goal in what it observes")
+    arrays = _in_memory(demonstrations, "data.hindsight=true moves all frames")
+    ends = demonstrations.buffer.episode_ends
+    return _replaced(demonstrations, task.hindsight(arrays, ends), ends)
+
+
+def _in_memory(demonstrations: Demonstrations, does: str) -> dict[str, NDArray[Any]]:
+    data = demonstrations.buffer.data
+    if not all(isinstance(array, np.ndarray) and not isinstance(array, np.memmap) for array in data.values()):
+        raise DataError(f"{does} in memory: set data.in_memory=true")
+    return {key: np.asarray(array) for key, array in data.items()}
+
+
+def _replaced(demonstrations: Demonstrations, arrays: Mapping[str, Array], ends: NDArray[np.int64]) -> Demonstrations:
+    buffer = ReplayBuffer(dict(arrays), ends, demonstrations.buffer.meta, check_finite=False)
+    return Demonstrations(buffer, demonstrations.spec)
+
+
+def _name(task: Task | None) -> str:
+    return "none" if task is None else task.spec.name
 
 
 def _keys(config: DictConfig, task: Task | None) -> dict[str, DatasetKey]:

@@ -14,7 +14,13 @@ from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
 
 from flowsteer.cli.checks import check_not_negative, check_positive, check_seeds
-from flowsteer.cli.demonstrations import Demonstrations, load_demonstrations, make_task, with_mirror_images
+from flowsteer.cli.demonstrations import (
+    Demonstrations,
+    in_hindsight,
+    load_demonstrations,
+    make_task,
+    with_mirror_images,
+)
 from flowsteer.cli.devices import find_processes
 from flowsteer.cli.errors import UsageError
 from flowsteer.cli.judging import make_evaluation
@@ -123,6 +129,8 @@ def _cloning(
 def _split(config: DictConfig, demonstrations: Demonstrations, task: Task | None) -> tuple[Demonstrations, Mask, Mask]:
     """The demonstrations and which of their episodes train and validate; mirror images only train."""
     data = config.data
+    if data.hindsight:
+        demonstrations = in_hindsight(demonstrations, task)
     episodes = demonstrations.buffer.num_episodes
     train, val = split_episodes(episodes, data.val_fraction, config.seed, data.max_train_episodes)
     if not data.mirror:

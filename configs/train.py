@@ -53,6 +53,7 @@ class DataOptions:
         max_train_episodes: train on at most so many episodes.
         in_memory: false reads images from disk as they are needed.
         mirror: train on every episode's mirror image as well, where the task's world is symmetric.
+        hindsight: move every episode so that it ends on the goal, where the task's goal can be moved.
     """
 
     names: dict[str, str] = field(default_factory=dict)
@@ -62,6 +63,7 @@ class DataOptions:
     max_train_episodes: int | None = None
     in_memory: bool = True
     mirror: bool = False
+    hindsight: bool = False
 
 
 @dataclass

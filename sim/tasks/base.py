@@ -85,6 +85,8 @@ class Task(ABC):
     """Arguments of the task to learn in, where the reward that evaluation reports is not one to learn from."""
     mirror: Callable[[Arrays], Arrays] | None = None
     """Where the world has a symmetry: arrays [N, ...] of observations and "action" -> those of the mirrored episode."""
+    hindsight: Callable[[Arrays, NDArray[np.int64]], Arrays] | None = None
+    """Arrays [N, ...], episode ends [E] -> those of episodes for which the goal lay where they ended."""
 
     @abstractmethod
     def make(self) -> SingleEnv:

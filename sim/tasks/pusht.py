@@ -14,12 +14,17 @@ from flowsteer.policies.spec import ArraySpec
 from flowsteer.sim.errors import SimError, optional_module
 from flowsteer.sim.spec import TaskSpec
 from flowsteer.sim.tasks.base import Array, Arrays, DatasetKey, SingleEnv, Step, Task
+from flowsteer.sim.tasks.pusht_state import (
+    BLOCK_KEYPOINTS,
+    BOARD,
+    agent_in_block,
+    continuous_pose,
+    near_goal,
+    recorded_state_keys,
+)
+from flowsteer.sim.tasks.pusht_symmetry import in_hindsight, mirrored
 
-BOARD = 512
-"""Side of the board in pixels; agent, block and actions live in [0, BOARD]."""
 IMAGE = 96
-GOAL = (256.0, 256.0, math.pi / 4)
-"""Of the block: x, y in pixels, angle in radians."""
 SUBSTEPS = 10
 SUBSTEP_S = 0.01
 SUCCESS_COVERAGE = 0.95
@@ -55,24 +60,6 @@ def find_reward(task: str, name: str) -> Callable[..., Any]:
     if name not in REWARDS:
         raise SimError(f"{task}: reward '{name}' is unknown, choose one of {sorted(REWARDS)}")
     return REWARDS[name]
-
-
-# The nine block key points of the human demonstrations, in the block's frame. Their authors drew them at random inside
-# the block once; the table is the mean of R(-angle) (keypoint - position) over the 13,379 recorded frames in which the
-# block rests (standard deviation 0.001 px).
-BLOCK_KEYPOINTS = np.array(
-    [
-        [9.269793, 90.040966],
-        [-60.983476, -1.186729],
-        [60.912752, -1.393378],
-        [-0.270504, 25.543618],
-        [-14.064917, 122.815848],
-        [39.002738, 32.857393],
-        [-39.966414, 32.729653],
-        [-16.824341, 62.863174],
-        [23.541457, -1.700298],
-    ]
-)
 
 
 @final
@@ -178,48 +165,12 @@ class PushTEnv(SingleEnv):
 
 
 def _state(env: PushTEnv) -> Arrays:
-    return {**_agent_position(env), "block_pose": _continuous(np.array(env.block_pose()))}
+    return {**_agent_position(env), "block_pose": continuous_pose(np.array(env.block_pose()))}
 
 
 def _features(env: PushTEnv) -> Arrays:
     state = np.array([*env.agent_position(), *env.block_pose()])
     return {**_state(env), "agent_in_block": agent_in_block(state), "near_goal": near_goal(state)}
-
-
-def agent_in_block(state: Array) -> Array:
-    """The finger's x, y [..., 2] in the block's frame, in pixels, where contact looks the same however the block lies.
-
-    Args:
-        state: finger x, y, block x, y, angle [..., 5].
-    """
-    cos, sin = np.cos(state[..., 4]), np.sin(state[..., 4])
-    dx, dy = state[..., 0] - state[..., 2], state[..., 1] - state[..., 3]
-    return np.stack([cos * dx + sin * dy, cos * dy - sin * dx], axis=-1).astype(np.float32)
-
-
-def near_goal(state: Array) -> Array:
-    """Tanh of the block's x, y (in 30 pixels) and angle (in 0.3 rad) from the goal [..., 3]: fine near, flat far off.
-
-    Args:
-        state: finger x, y, block x, y, angle [..., 5].
-    """
-    turned = (state[..., 4] - GOAL[2] + math.pi) % (2 * math.pi) - math.pi
-    away = [(state[..., 2] - GOAL[0]) / 30, (state[..., 3] - GOAL[1]) / 30, turned / 0.3]
-    return np.tanh(np.stack(away, axis=-1)).astype(np.float32)
-
-
-def _continuous(pose: Array) -> Array:
-    """Poses x, y, angle [..., 3] as x, y, cos, sin [..., 4]: an angle jumps where it wraps, and a network with it."""
-    turned = np.stack([np.cos(pose[..., 2]), np.sin(pose[..., 2])], axis=-1)
-    return np.concatenate([pose[..., :2], turned], axis=-1).astype(np.float32)
-
-
-def _recorded_agent(state: Array) -> Array:
-    return state[..., 0:2]
-
-
-def _recorded_block(state: Array) -> Array:
-    return _continuous(state[..., 2:5])
 
 
 def _agent_position(env: PushTEnv) -> Arrays:
@@ -236,57 +187,6 @@ def _keypoints(env: PushTEnv) -> Arrays:
 def _image(env: PushTEnv) -> Arrays:
     return {"image": env.image(), **_agent_position(env)}
 
-
-def recorded_state_keys() -> dict[str, DatasetKey]:
-    """What the human demonstrations keep in one array, `state`: finger x, y, block x, y, angle."""
-    return {
-        "agent_position": DatasetKey("state", _recorded_agent),
-        "block_pose": DatasetKey("state", _recorded_block),
-        "agent_in_block": DatasetKey("state", agent_in_block),
-        "near_goal": DatasetKey("state", near_goal),
-    }
-
-
-def mirrored(arrays: Arrays) -> Arrays:
-    """The same episodes seen in a mirror along the goal's axis of symmetry, the line x + y = 512.
-
-    The board, the goal and the T stay what they are: (x, y) becomes (512 - y, 512 - x), an angle pi/2 minus itself.
-
-    Args:
-        arrays: any of "agent_position" [N, 2], "block_pose" [N, 4], "agent_in_block" [N, 2], "near_goal" [N, 3],
-            "image" [N, 96, 96, 3] and "action" [N, 2].
-    """
-    return {key: _MIRRORED[key](array) for key, array in arrays.items()}
-
-
-def _mirrored_position(xy: Array) -> Array:
-    return BOARD - xy[..., ::-1]
-
-
-def _mirrored_pose(pose: Array) -> Array:
-    return np.concatenate([_mirrored_position(pose[..., :2]), pose[..., :1:-1]], axis=-1)
-
-
-def _mirrored_in_block(xy: Array) -> Array:
-    return np.stack([-xy[..., 0], xy[..., 1]], axis=-1)
-
-
-def _mirrored_near_goal(error: Array) -> Array:
-    return np.concatenate([-error[..., 1::-1], -error[..., 2:]], axis=-1)
-
-
-def _mirrored_image(image: Array) -> Array:
-    return np.swapaxes(image[..., ::-1, ::-1, :], -3, -2)
-
-
-_MIRRORED: dict[str, Callable[[Array], Array]] = {
-    "agent_position": _mirrored_position,
-    "block_pose": _mirrored_pose,
-    "agent_in_block": _mirrored_in_block,
-    "near_goal": _mirrored_near_goal,
-    "image": _mirrored_image,
-    "action": _mirrored_position,
-}
 
 _AGENT = ArraySpec((2,))
 
@@ -333,7 +233,8 @@ class PushT(Task):
         find_reward("pusht", reward)
         self.observation, self.reward = observation, reward
         self.dataset_keys = {**recorded_state_keys(), "image": DatasetKey("img")}
-        self.mirror = mirrored if set(OBSERVATIONS[observation][0]) <= set(_MIRRORED) else None
+        self.mirror = mirrored if observation != "keypoints" else None
+        self.hindsight = in_hindsight if "block_pose" in OBSERVATIONS[observation][0] else None
         self.spec = TaskSpec(
             name="pusht" if observation == "state" else f"pusht_{observation}",
             observations=OBSERVATIONS[observation][0],

@@ -15,7 +15,9 @@ from flowsteer.sim.spec import TaskSpec
 from flowsteer.sim.tasks.base import Array
 from flowsteer.sim.tasks.gymnasium_env import RENDER_SIZE
 from flowsteer.sim.tasks.mujoco_task import Batch, Judgement, MujocoTask, State, Xp, load_mjcf
-from flowsteer.sim.tasks.pusht import BOARD, GOAL, REWARDS, SUCCESS_COVERAGE, find_reward, mirrored, recorded_state_keys
+from flowsteer.sim.tasks.pusht import REWARDS, SUCCESS_COVERAGE, find_reward
+from flowsteer.sim.tasks.pusht_state import BOARD, GOAL, recorded_state_keys
+from flowsteer.sim.tasks.pusht_symmetry import in_hindsight, mirrored
 from flowsteer.sim.tasks.tee import coverage
 
 PIXELS = 100.0
@@ -58,6 +60,7 @@ class PushTMujoco(MujocoTask):
     )
     dataset_keys = recorded_state_keys()
     mirror = staticmethod(mirrored)
+    hindsight = staticmethod(in_hindsight)
     frame_skip = 10
     camera = "board"
 

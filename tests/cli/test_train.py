@@ -20,6 +20,8 @@ from flowsteer.cli.train import PATHS
 from flowsteer.configs.train import TrainConfig
 from flowsteer.datasets import ReplayBuffer, write_zarr
 from flowsteer.datasets.opening import open_dataset
+from flowsteer.sim.tasks.pusht import PushT
+from flowsteer.sim.tasks.pusht_symmetry import in_hindsight
 
 FLOWSTEER = Path(sys.executable).with_name("flowsteer")
 
@@ -299,12 +301,44 @@ def test_the_normaliser_of_relative_actions_knows_how_far_they_lead(
     assert stored["ema.normalizer.scale:action"].numpy() == pytest.approx(scale, rel=1e-5)
 
 
-def test_a_task_without_a_mirror_image_refuses_it(
-    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny: tuple[str, ...]
+def test_hindsight_moves_all_episodes_before_anything_is_learnt_from_them(
+    dataset: Path, tmp_path: Path, tiny: tuple[str, ...]
 ) -> None:
-    options = ["task=pusht_keypoints", "data.mirror=true"]
+    options = ["data.hindsight=true", "data.val_fraction=0", "train.steps=2"]
+    assert main(["train", f"dataset={dataset}", f"out={tmp_path / 'run'}", *tiny, *options]) == 0
+    buffer = open_dataset(dataset, keys=["state", "action"])
+    arrays = {key: stored.read(buffer.data["state"]) for key, stored in PushT().dataset_keys.items() if stored.read}
+    moved = in_hindsight({**arrays, "action": buffer.data["action"]}, buffer.episode_ends)
+    stored = load_file(tmp_path / "run" / "last" / "policy.safetensors")
+    for key in ("agent_position", "action"):
+        scale = 2 / (moved[key].max(axis=0) - moved[key].min(axis=0))
+        assert stored[f"ema.normalizer.scale:{key}"].numpy() == pytest.approx(scale, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ("mirror", "knows no mirror image of its observations"),
+        ("hindsight", "cannot move its goal in what it observes"),
+    ],
+)
+def test_a_task_that_knows_no_other_demonstrations_refuses_them(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny: tuple[str, ...], option: str, reason: str
+) -> None:
+    options = ["task=pusht_keypoints", f"data.{option}=true"]
     told = error_of(capsys, f"dataset={dataset}", f"out={tmp_path / 'run'}", *tiny, *options, code=1)
-    assert told == "data.mirror=true: task 'pusht_keypoints' knows no mirror image of its observations"
+    assert told == f"data.{option}=true: task 'pusht_keypoints' {reason}"
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_that_are_mirrored_must_be_in_memory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny: tuple[str, ...]
+) -> None:
+    frames = {"img": np.zeros((40, 96, 96, 3), np.uint8), "state": np.ones((40, 5)), "action": np.ones((40, 2))}
+    images = write_zarr(ReplayBuffer(frames, np.array([20, 40])), tmp_path / "images.zarr")
+    options = ["task=pusht_image", "data.mirror=true", "data.in_memory=false"]
+    told = error_of(capsys, f"dataset={images}", f"out={tmp_path / 'run'}", *tiny, *options, code=1)
+    assert told == "data.mirror=true turns all frames over in memory: set data.in_memory=true"
     assert not (tmp_path / "run").exists()
 
 

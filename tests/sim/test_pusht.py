@@ -4,16 +4,10 @@ import numpy as np
 import pytest
 
 from flowsteer.sim.errors import SimError
-from flowsteer.sim.tasks.pusht import (
-    BLOCK_KEYPOINTS,
-    BOARD,
-    PushT,
-    agent_in_block,
-    mirrored,
-    near_goal,
-    progress_reward,
-)
+from flowsteer.sim.tasks.pusht import PushT, progress_reward
 from flowsteer.sim.tasks.pusht_mj import PushTMujoco
+from flowsteer.sim.tasks.pusht_state import BLOCK_KEYPOINTS, BOARD, agent_in_block, near_goal
+from flowsteer.sim.tasks.pusht_symmetry import in_hindsight, mirrored
 
 zarr = pytest.importorskip("zarr")
 reference = pytest.importorskip("gym_pusht.envs.pusht")
@@ -224,3 +218,61 @@ def test_the_world_behaves_the_same_in_the_mirror():
 def test_only_observations_that_have_a_mirror_image_have_one():
     assert all(task.mirror is mirrored for task in (PushT(), PushT("features"), PushT("image"), PushTMujoco()))
     assert PushT("keypoints").mirror is None
+
+
+def test_hindsight_by_hand():
+    # Two episodes. The second ends with the block at (200, 300), turned by a quarter too much: turning it back takes
+    # what lies 10 to its right to 10 above it (y points down), and (200, 300) comes to (256, 256).
+    quarter = math.pi / 4
+    pose = [
+        [100, 100, 1, 0],
+        [256, 256, math.cos(quarter), math.sin(quarter)],
+        [200, 300, math.cos(3 * quarter), math.sin(3 * quarter)],
+    ]
+    arrays = {
+        "agent_position": np.array([[50.0, 60.0], [70.0, 80.0], [210.0, 300.0]]),
+        "block_pose": np.array(pose),
+        "action": np.array([[1.0, 2.0], [3.0, 4.0], [200.0, 310.0]]),
+        "near_goal": np.ones((3, 3)),
+    }
+    result = in_hindsight(arrays, np.array([2, 3]))
+    np.testing.assert_allclose(result["agent_position"], [[50, 60], [70, 80], [256, 246]], atol=1e-4)
+    np.testing.assert_allclose(result["action"], [[1, 2], [3, 4], [266, 256]], atol=1e-4)
+    on_goal = [256, 256, math.cos(quarter), math.sin(quarter)]
+    np.testing.assert_allclose(result["block_pose"], [[100, 100, 1, 0], on_goal, on_goal], atol=1e-4)
+    np.testing.assert_allclose(result["near_goal"][1:], np.zeros((2, 3)), atol=1e-6)
+    assert set(result) == set(arrays)
+
+
+def test_in_hindsight_the_finger_is_where_it_was_beside_the_block():
+    rng = np.random.default_rng(0)
+    state = np.concatenate([rng.uniform(0, 512, (20, 4)), rng.uniform(-9, 9, (20, 1))], axis=-1)
+    arrays = {key: stored.read(state) for key, stored in PushT("features").dataset_keys.items() if stored.read}
+    result = in_hindsight({**arrays, "action": state[:, :2]}, np.array([5, 6, 20]))
+    np.testing.assert_allclose(result["agent_in_block"], arrays["agent_in_block"], atol=1e-3)
+    np.testing.assert_allclose(result["action"], result["agent_position"], atol=1e-3)
+
+
+def test_only_what_shows_the_block_can_be_seen_in_hindsight():
+    assert all(task.hindsight is in_hindsight for task in (PushT(), PushT("features"), PushTMujoco()))
+    assert PushT("keypoints").hindsight is None
+    assert PushT("image").hindsight is None
+
+
+def test_human_demonstrations_stop_short_of_success_and_reach_it_in_hindsight(demonstrations):
+    data, episodes = demonstrations
+    ends = np.array([end for _, end in episodes])
+    arrays = {key: stored.read(data["state"][:]) for key, stored in PushT().dataset_keys.items() if stored.read}
+    arrays["action"] = data["action"][:]
+    moved = in_hindsight(arrays, ends)
+    env = PushT().make()
+
+    def last_coverages(arrays):
+        for agent, (x, y, cos, sin) in zip(
+            arrays["agent_position"][ends - 1], arrays["block_pose"][ends - 1], strict=True
+        ):
+            env.set_state(np.array([*agent, x, y, math.atan2(sin, cos)]))
+            yield env.coverage()
+
+    assert max(last_coverages(arrays)) < 0.91
+    assert min(last_coverages(moved)) > 0.99
