@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,18 @@ class Step(NamedTuple):
     log_ratio: Tensor
     clipped: Tensor
     parts: dict[str, Tensor]
+
+    def scaled(self, share: float) -> Step:
+        """The same rows, their means times `share`, without the graph."""
+        parts = {name: share * value for name, value in self.parts.items()}
+        return Step(share * self.loss.detach(), self.log_ratio, self.clipped, parts)
+
+    @staticmethod
+    def sum(steps: Sequence[Step]) -> Step:
+        """All rows, one after the other."""
+        losses, log_ratios, clipped, parts = zip(*steps, strict=True)
+        total = {name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]}
+        return Step(torch.stack(losses).sum(), torch.cat(log_ratios), torch.cat(clipped), total)
 
 
 @configurable

@@ -21,6 +21,7 @@ class OnPolicyConfig:
         decisions: S, of each environment in an iteration.
         epochs: passes over an iteration's rows.
         batch_size: rows of a minibatch, over all processes together; a decision of DPPO has K' of them.
+        micro_batch_size: rows whose gradients are computed at a time, which bounds the memory that a minibatch takes.
         critic_batch_size: decisions of a minibatch of the critic.
         lr: of the policy, AdamW without decay.
         critic_lr: of the critic.
@@ -45,6 +46,7 @@ class OnPolicyConfig:
     decisions: int = 200
     epochs: int = 5
     batch_size: int = 10_000
+    micro_batch_size: int = 5000
     critic_batch_size: int = 1000
     lr: float = 1e-4
     critic_lr: float = 1e-3
@@ -61,8 +63,8 @@ class OnPolicyConfig:
     restart_every: int = 1
 
     def __post_init__(self) -> None:
-        counts = ("env_steps", "decisions", "epochs", "batch_size", "critic_batch_size", "save_every", "restart_every")
-        for name in counts:
+        sizes = ("batch_size", "micro_batch_size", "critic_batch_size")
+        for name in ("env_steps", "decisions", "epochs", *sizes, "save_every", "restart_every"):
             if getattr(self, name) < 1:
                 raise FinetuneError(f"train.{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "critic_lr", "grad_clip", "target_kl", "max_kl"):

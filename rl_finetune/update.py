@@ -119,34 +119,41 @@ class Update:
         rows, steps, taken = self.algorithm.rows, [], []
         kl = 0.0
         for batch in self._minibatches(len(sample.kept), rows, self.config.batch_size):
-            step = self._augmented(sample, batch)
+            # A decision's rows side by side: it is encoded in one part of the minibatch, not in several.
+            batch = batch.sort().values
+            step = self._accumulate(sample, batch)
             # Of the steps taken so far, on rows that are as good as new.
             kl = self.processes.total(kl_estimate(step.log_ratio).item()) / self.processes.count
             self._check_kl(kl)
             if kl > self.config.target_kl:
                 break
-            self._descend(step.loss, self.optimizer, self.learning)
+            self._descend(self.optimizer, self.learning)
             self.gradient_steps += 1
-            steps.append(step._replace(loss=step.loss.detach()))
+            steps.append(step)
             taken.append(batch % rows)
         numbers = _numbers(steps, torch.cat(taken), rows) if steps else {}
         return {"train/kl": kl, "train/minibatches": float(len(steps)), **numbers}
 
-    def _descend(self, loss: Tensor, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+    def _descend(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+        """One step along the gradients that are there."""
         self.processes.average_gradients(parameters)
         nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)
         optimizer.step()
 
-    def _augmented(self, sample: Sample, batch: Tensor) -> Step:
-        """`step` with the encoder's augmentation, if it learns."""
-        encoder = self.algorithm.policy.encoder
+    def _accumulate(self, sample: Sample, batch: Tensor) -> Step:
+        """The gradients of a minibatch, one part after the other, so that its size costs no memory."""
+        self.optimizer.zero_grad(set_to_none=True)
+        encoder, steps = self.algorithm.policy.encoder, []
+        # In training mode it augments, which is for minibatches alone.
         encoder.train(self.algorithm.train_encoder)
         try:
-            return self.step(sample, batch)
+            for part in batch.split(self.config.micro_batch_size):
+                step, share = self.step(sample, part), len(part) / len(batch)
+                (share * step.loss).backward()  # type: ignore[no-untyped-call]
+                steps.append(step.scaled(share))
         finally:
             encoder.eval()
+        return Step.sum(steps)
 
     def step(self, sample: Sample, batch: Tensor) -> Step:
         """The algorithm's step for rows numbered decision by decision; each decision is encoded once."""
@@ -164,7 +171,9 @@ class Update:
         for batch in self._minibatches(len(sample.kept), 1, self.config.critic_batch_size):
             decision = sample.kept[batch]
             loss = 0.5 * (self.critic(sample.features[decision]) - sample.target[decision]).square().mean()
-            self._descend(loss, self.critic_optimizer, self.critic_learning)
+            self.critic_optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            self._descend(self.critic_optimizer, self.critic_learning)
             losses.append(loss.detach())
         return torch.stack(losses).mean().item()
 

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from flowsteer.policies.denoising import DiffusionPolicy, FlowPolicy
+from flowsteer.policies.encoders.cameras import Cameras
 from flowsteer.policies.encoders.low_dim import LowDim
+from flowsteer.policies.encoders.vit import SmallViT
 from flowsteer.policies.gaussian import GaussianPolicy
 from flowsteer.policies.networks.residual_mlp import ResidualMLP
 from flowsteer.policies.spec import ArraySpec, PolicySpec
@@ -70,7 +72,26 @@ class Aim(Task):
         return AimEnv(self.nan_seed)
 
 
+class SeenAimEnv(AimEnv):
+    """The target is the brightness of two channels of an image."""
+
+    def _observation(self):
+        shown = np.zeros((24, 24, 3), np.uint8)
+        shown[..., :2] = 127 * (1 + self.target)
+        return {"image": shown}
+
+
+class SeenAim(Task):
+    heavy = False
+    dataset_keys: ClassVar[dict] = {}
+    spec = TaskSpec("aim_image", {"image": ArraySpec((24, 24, 3), "uint8")}, 2, (-HIGH, -HIGH), (HIGH, HIGH), 10.0, 12)
+
+    def make(self):
+        return SeenAimEnv()
+
+
 SPEC = PolicySpec({"target": ArraySpec((2,))}, 2, 1, 4, 2, 10.0)
+SEEN = PolicySpec(dict(SeenAim.spec.observations), 2, 1, 4, 2, 10.0)
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +122,20 @@ def policy_of(family, steps=4, seed=0, fresh=False, **options):
         if not fresh and ("output" in name or "modulation" in name):
             torch.nn.init.normal_(parameter, std=0.1)
     return policy.eval()
+
+
+@pytest.fixture
+def seeing_aim():
+    """The task from images, and what makes a flow policy for it."""
+
+    def make():
+        torch.manual_seed(0)
+        camera = partial(Cameras, backbone=partial(SmallViT, embed_dim=8, heads=2, features=8), brightness=0.1)
+        policy = FlowPolicy(SEEN, camera, partial(ResidualMLP, hidden=32, blocks=2), steps=4)
+        policy.fit_normalizer({"action": _limits(HIGH, 2)})
+        return policy.eval()
+
+    return SeenAim(), make
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from flowsteer.rl_finetune.fpo import FPO
 from flowsteer.rl_finetune.gaussian_ppo import GaussianPPO
 from flowsteer.rl_finetune.on_policy import FIRST_SEED, OnPolicy
 from flowsteer.rl_finetune.on_policy_config import OnPolicyConfig
+from flowsteer.sim.backends import BACKENDS
 
 ALGORITHMS = {
     "dppo": ("diffusion", partial(DPPO, exploration=partial(NoiseFloor, first=0.2, last=0.2), fine_tuned_steps=2)),
@@ -89,6 +90,46 @@ def test_a_run_that_was_stopped_equals_one_that_went_on(make_loop, tmp_path, nam
     assert any(name.startswith("optimizer.exp_avg.") for name in one)
     for key, value in one.items():
         torch.testing.assert_close(other[key], value, rtol=0, atol=0, msg=key)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_minibatch_in_parts_is_the_same_minibatch(make_loop, name):
+    whole, parts = (make_loop(name, env_steps=200, micro_batch_size=size) for size in (1000, 7))
+    one, other = Record(), Record()
+    whole.train(one)
+    parts.train(other)
+    for key, value in one.rows[-1][1].items():
+        if not key.startswith("time/"):
+            assert other.rows[-1][1][key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
+    for weight, other_weight in zip(whole.algorithm.parameters(), parts.algorithm.parameters(), strict=True):
+        torch.testing.assert_close(other_weight, weight, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("train_encoder", [True, False])
+def test_from_images_the_encoder_learns_if_it_is_told_to(seeing_aim, tmp_path, train_encoder):
+    task, make_policy = seeing_aim
+
+    def make(env_steps, env):
+        policy = make_policy()
+        algorithm = FPO(policy, pairs=2, train_encoder=train_encoder)
+        config = OnPolicyConfig(**{**SHORT, "env_steps": env_steps, "critic_warmup": 0, "micro_batch_size": 16})
+        describe = {"policy": {"_target_": "x"}, "spec": policy.spec.to_dict()}
+        critic = Critic(policy.encoder.feature_dim)
+        return OnPolicy(algorithm, critic, env, config, folder=tmp_path / "run", describe=describe)
+
+    with BACKENDS["gym"](task, 4, 1, workers=0, device="cpu") as env:
+        loop = make(96, env)
+        before = {key: value.clone() for key, value in loop.algorithm.policy.state_dict().items()}
+        log = Record()
+        loop.train(log)
+        assert all(row["train/first_log_ratio"] < 1e-4 for _, row in log.rows)
+        assert log.rows[-1][1]["train/minibatches"] > 1
+        moved = {key for key, value in loop.algorithm.policy.state_dict().items() if not value.equal(before[key])}
+        assert any(key.startswith("network.") for key in moved)
+        assert any(key.startswith("encoder.") for key in moved) == train_encoder
+        again = make(192, env)
+        again.resume(tmp_path / "run")
+        again.train(Record())
 
 
 def test_the_loop_counts_and_logs(make_loop):
@@ -262,6 +303,7 @@ WORKER = """
 import importlib.util, json, sys, torch
 from accelerate import Accelerator
 from flowsteer.rl_finetune.on_policy_config import OnPolicyConfig
+from flowsteer.sim.backends import BACKENDS
 from flowsteer.rl_finetune.critic import Critic
 from flowsteer.rl_finetune.gaussian_ppo import GaussianPPO
 from flowsteer.rl_finetune.on_policy import OnPolicy
