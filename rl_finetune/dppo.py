@@ -226,4 +226,5 @@ class DPPO(Algorithm):
 
 
 def _take(features: Features, rows: Tensor) -> Features:
-    return tuple(feature[rows] for feature in features)
+    # The backward pass of f[rows] takes three times as long.
+    return tuple(feature.index_select(0, rows) for feature in features)

@@ -130,7 +130,7 @@ class FPO(Algorithm):
         policy, n = self.tuned, self.pairs
         a = memory["chunk"][decision].repeat_interleave(n, dim=0)
         t, eps = memory["time"][decision].flatten(0, 1), memory["noise"][decision].flatten(0, 1)
-        repeated = tuple(feature[decision].repeat_interleave(n, dim=0) for feature in cond)
+        repeated = tuple(feature.index_select(0, decision.repeat_interleave(n)) for feature in cond)
         error = policy.denoising_error(a, repeated, t, eps)
         if self.as_eps:
             error = self._error_of_eps(error, t)

@@ -21,7 +21,8 @@ class OnPolicyConfig:
         decisions: S, of each environment in an iteration.
         epochs: passes over an iteration's rows.
         batch_size: rows of a minibatch, over all processes together; a decision of DPPO has K' of them.
-        micro_batch_size: rows whose gradients are computed at a time, which bounds the memory that a minibatch takes.
+        micro_batch_size: rows whose gradients are computed at a time, which bounds the memory that a minibatch takes;
+            as many as suit the device where not given.
         critic_batch_size: decisions of a minibatch of the critic.
         lr: of the policy, AdamW without decay.
         critic_lr: of the critic.
@@ -46,7 +47,7 @@ class OnPolicyConfig:
     decisions: int = 200
     epochs: int = 5
     batch_size: int = 10_000
-    micro_batch_size: int = 5000
+    micro_batch_size: int | None = None
     critic_batch_size: int = 1000
     lr: float = 1e-4
     critic_lr: float = 1e-3
@@ -65,8 +66,9 @@ class OnPolicyConfig:
     def __post_init__(self) -> None:
         sizes = ("batch_size", "micro_batch_size", "critic_batch_size")
         for name in ("env_steps", "decisions", "epochs", *sizes, "save_every", "restart_every"):
-            if getattr(self, name) < 1:
-                raise FinetuneError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise FinetuneError(f"train.{name} must be at least 1, got {value}")
         for name in ("lr", "critic_lr", "grad_clip", "target_kl", "max_kl"):
             if not 0 < getattr(self, name) < math.inf:
                 raise FinetuneError(f"train.{name} must be positive and finite, got {getattr(self, name):g}")

@@ -71,7 +71,8 @@ def in_hindsight(arrays: Arrays, episode_ends: NDArray[np.int64]) -> Arrays:
     pivot, turn = pose[last, :2], GOAL[2] - angle[last]
 
     def moved(xy: Array) -> Array:
-        return _turned(xy - pivot, turn) + np.array(GOAL[:2])
+        out: Array = _turned(xy - pivot, turn) + np.array(GOAL[:2])
+        return out
 
     state = np.column_stack([moved(arrays["agent_position"]), moved(pose[:, :2]), angle + turn])
     seen = {key: stored.read(state) for key, stored in recorded_state_keys().items() if stored.read is not None}
