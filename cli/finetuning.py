@@ -137,7 +137,7 @@ def _resumed(folder: Path) -> Start:
 
 def _environments(config: DictConfig, start: Start, accelerator: Accelerator, stack: ExitStack) -> VecEnv:
     """Environments to learn in, whose reward may be another than the one that evaluation reports."""
-    task: Task = build({**start.task_config, **start.task.training_options})
+    task: Task = build({**start.task_config, **start.task.training_options, **plain(config)["learn_in"]})
     env = make_environments(
         task, config.sim, config.train.env_steps, start.policy.spec.observation_steps, accelerator.device
     )

@@ -187,6 +187,8 @@ def _unknown_option(name: str, overrides: Sequence[str], key: str) -> str:
     if key in groups():
         taken = ", ".join(f"{g}={c}" for g, c in default.chosen.items() if g != key and c is not None)
         return f"nothing takes a {key} here ({taken})"
+    if key in options(default.config) and _is_open(default.config, key):
+        return f"add to option '{key}' with +{key}.NAME=VALUE"
     return f"no option '{key}'; nearest: {nearest(key, {*options(default.config), *default.chosen})}"
 
 

@@ -65,6 +65,8 @@ class FinetuneConfig:
         device: "auto" or "cpu".
         resume: a run folder to go on with; other options then change that run's.
         out: the run folder; runs/ALGO-TIME when not given.
+        learn_in: arguments of the task it learns in that are not those of the task it is judged in, e.g.
+            +learn_in.reward=coverage; the task itself suggests some.
         critic: of observations alone.
     """
 
@@ -85,6 +87,7 @@ class FinetuneConfig:
     seed: int = 0
     device: str = "auto"
     task: Any = None
+    learn_in: dict[str, Any] = field(default_factory=dict)
     horizon: Horizon = field(default_factory=Horizon)
     policy: Any = None
     algo: Any = MISSING

@@ -43,6 +43,7 @@ class Meal:
     dish: Any = MISSING
     guests: int = 2
     tags: list[str] = field(default_factory=list)
+    sauces: dict[str, str] = field(default_factory=dict)
     recipe: str | None = None
     mood: str = "good"
     out: str | None = None
@@ -80,6 +81,7 @@ def run(*args: str) -> int:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("sauces={hot: a lot}", "add to option 'sauces' with +sauces.NAME=VALUE"),
         ("guest=3", "no option 'guest'; nearest: guests"),
         ("dish.sallt=3", "no option 'dish.sallt'; nearest: dish.salt"),
         ("dihs=soup", "no option 'dihs'; nearest: dish"),

@@ -134,6 +134,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(
             "algo=ppo needs policy=gaussian, not a FlowPolicy: fine-tune it wit",
         ),
         ((f"checkpoint={trained}", "algo=dpo"), 2, "algo 'dpo' is unknown; nearest: dppo"),
+        # What is said of the task to learn in wins over what the task suggests.
+        ((f"checkpoint={trained}", "+learn_in.reward=none"), 1, "pusht: reward 'none' is unknown, choose one of"),
+        (
+            (f"checkpoint={trained}", "+learn_in.rewrd=x"),
+            1,
+            "the config of flowsteer.sim.tasks.pusht.PushT does not fit its arg",
+        ),
         ((f"checkpoint={trained}", "train.lr=-1"), 1, "train.lr must be positive and finite, got -1"),
         ((f"checkpoint={trained}", "algo.epochs=3"), 2, "no option 'algo.epochs'; nearest: "),
         ((*HOPPER, "policy=flow", "algo=fpo", "policy.relative_to=x"), 1, "policy.relative_to=x is no observation of"),
