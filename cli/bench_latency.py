@@ -1,10 +1,15 @@
-"""`flowsteer bench latency`: time per chunk at batch 1, beside the plain loop over a `diffusers` scheduler."""
+"""`flowsteer bench latency`: time per chunk at batch 1, beside the plain loop over a `diffusers` scheduler.
+
+And beside a floor: K times what this machine needs to multiply as much as the network does, or to read the weights that
+it needs at every step, whichever takes longer.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from typing import Any, final
 
@@ -12,6 +17,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from flowsteer.cli.bench import benchmark
 from flowsteer.cli.checks import check_filled, check_positive
@@ -21,6 +27,7 @@ from flowsteer.configs.groups import ENCODERS, NETWORKS, POLICIES
 from flowsteer.datasets.key_statistics import KeyStatistics
 from flowsteer.policies.build import build
 from flowsteer.policies.denoising import DenoisingPolicy
+from flowsteer.policies.engine import Engine, compile_act
 from flowsteer.policies.policy import ACTION
 from flowsteer.policies.spec import ArraySpec, PolicySpec
 from flowsteer.sim.errors import optional_module
@@ -41,6 +48,8 @@ class LatencyBenchmark:
     Attributes:
         policies, networks: names as in `flowsteer train`.
         steps: K, denoising steps.
+        engines: "eager" and "compiled", see `compile_act`.
+        dtypes: of the engines.
         repeats: chunks that are timed, of each contender in turn.
         device: "auto" or "cpu".
     """
@@ -48,27 +57,36 @@ class LatencyBenchmark:
     policies: list[str] = field(default_factory=lambda: ["diffusion", "flow"])
     networks: list[str] = field(default_factory=lambda: list(NETWORKS))
     steps: list[int] = field(default_factory=lambda: [1, 10])
+    engines: list[str] = field(default_factory=lambda: ["eager", "compiled"])
+    dtypes: list[str] = field(default_factory=lambda: ["float32"])
     repeats: int = 200
     device: str = "auto"
     out: str | None = None
 
 
+DIFFUSERS = "diffusers"
 Chunk = Callable[[Tensor], Tensor]
-"""Starting noise [1, Tp, Da] -> chunk [1, Tp, Da] in physical units, for the same observation each time."""
+"""Starting noise [1, Tp, Da] -> actions [1, Ta, Da] in physical units, for the same observation each time."""
 
 
 def measure(config: DictConfig) -> dict[str, Any]:
-    """A row per policy, network and number of steps; times in milliseconds."""
-    check_filled(config, "policies", "networks")
+    """A row per policy, network, number of steps and contender; times in milliseconds."""
+    check_filled(config, "policies", "networks", "engines", "dtypes")
     check_positive(config, "steps", "repeats")
     device = find_device(config.device)
-    rows = []
+    gflops = matrix_product_gflops(device)
+    rows: list[dict[str, Any]] = []
+    weights: dict[str, int] = {}
     for family, network, steps in product(config.policies, config.networks, config.steps):
         policy = make_policy(family, network, steps).to(device)
-        contenders = {"ours": ours(policy), "diffusers": LOOPS[family](policy, steps)}
+        contenders = {DIFFUSERS: LOOPS[family](policy, steps), **engines(policy, config)}
         times = {name: _quantiles(taken) for name, taken in _race(contenders, config.repeats, device).items()}
-        rows.append(_row(family, network, steps, policy, times))
-    return {"rows": rows, "device": str(device), "repeats": config.repeats}
+        floor_ms = steps * step_floor_ms(policy, gflops)
+        weights[network] = sum(parameter.numel() for parameter in policy.network.parameters())
+        facts = {"policy": family, "network": network, "steps": steps}
+        rows += [{**facts, "contender": name, **_scores(name, times, floor_ms)} for name in contenders]
+    facts = {"device": str(device), "repeats": config.repeats, "weights": weights, "matrix_product_gflops": gflops}
+    return {"rows": rows, **facts}
 
 
 def make_policy(family: str, network: str, steps: int) -> DenoisingPolicy:
@@ -93,10 +111,22 @@ def _unit_range(width: int) -> KeyStatistics:
     return KeyStatistics(min=-ones, max=ones, mean=0 * ones, std=ones, count=1)
 
 
-def ours(policy: DenoisingPolicy) -> Chunk:
-    """As a robot calls it."""
+def engines(policy: DenoisingPolicy, config: DictConfig) -> dict[str, Chunk]:
+    """As a robot calls them, by name and dtype.
+
+    Raises:
+        PolicyError: one cannot be built here.
+    """
     obs = _observation(policy)
-    return lambda noise: policy.predict(obs, noise=noise)
+    built: dict[str, Chunk] = {}
+    for engine, dtype in product(config.engines, config.dtypes):
+        act = compile_act(policy, dtype=dtype, engine=engine)
+        built[engine if dtype == "float32" else f"{engine} {dtype}"] = partial(_act, act, obs)
+    return built
+
+
+def _act(act: Engine, obs: dict[str, Tensor], noise: Tensor) -> Tensor:
+    return act(obs, noise=noise)
 
 
 def diffusion_loop(policy: DenoisingPolicy, steps: int) -> Chunk:
@@ -116,7 +146,7 @@ def diffusion_loop(policy: DenoisingPolicy, steps: int) -> Chunk:
         for timestep in scheduler.timesteps:
             t = ((timestep + 1) / TRAIN_STEPS).expand(len(x))
             x = scheduler.step(_network(policy, x, t, features), timestep, x).prev_sample
-        return policy.normalizer.unnormalize(ACTION, x)
+        return policy.normalizer.unnormalize(ACTION, x)[:, SPEC.executed]
 
     return chunk
 
@@ -132,7 +162,7 @@ def flow_loop(policy: DenoisingPolicy, steps: int) -> Chunk:
         for timestep in scheduler.timesteps:
             t = (timestep / scheduler.config.num_train_timesteps).expand(len(x))
             x = scheduler.step(_network(policy, x, t, features), timestep, x).prev_sample
-        return policy.normalizer.unnormalize(ACTION, x)
+        return policy.normalizer.unnormalize(ACTION, x)[:, SPEC.executed]
 
     return chunk
 
@@ -187,19 +217,46 @@ def _quantiles(seconds: Iterable[float]) -> dict[str, float]:
     return {name: float(np.quantile(milliseconds, q)) for name, q in QUANTILES.items()}
 
 
-def _row(
-    family: str, network: str, steps: int, policy: DenoisingPolicy, times: dict[str, dict[str, float]]
-) -> dict[str, Any]:
-    weights = sum(parameter.numel() for parameter in policy.network.parameters())
-    return {
-        "policy": family,
-        "network": network,
-        "weights_M": weights / 1e6,
-        "steps": steps,
-        **{f"{name}_ms": value for name, value in times["ours"].items()},
-        "diffusers_p50_ms": times["diffusers"]["p50"],
-        "ratio": times["diffusers"]["p50"] / times["ours"]["p50"],
-    }
+def _scores(name: str, times: dict[str, dict[str, float]], floor_ms: float) -> dict[str, float]:
+    """Of one contender, beside the loop and the floor."""
+    p50 = times[name]["p50"]
+    of_others = {"x_loop": times[DIFFUSERS]["p50"] / p50, "floor_ms": floor_ms, "of_floor": floor_ms / p50}
+    return {**{f"{quantile}_ms": value for quantile, value in times[name].items()}, **of_others}
+
+
+def matrix_product_gflops(device: torch.device, size: int = 1024) -> float:
+    """How fast this machine multiplies, at best."""
+    a = torch.ones(size, size, device=device)
+    return 2e-9 * size**3 / _fastest_s(lambda: a @ a, device)
+
+
+def step_floor_ms(policy: DenoisingPolicy, gflops: float) -> float:
+    """A lower bound of one step at batch 1: its products at that rate, or the reading of its weights."""
+    network, grid = policy.network, policy.grid
+    x = torch.zeros(1, SPEC.prediction_steps, SPEC.action_dim, device=grid.device)
+    with torch.no_grad():
+        time_features, cond = (
+            network.embed_time(grid[:1]),
+            network.embed_observation(policy.features(_observation(policy))),
+        )
+    with FlopCounterMode(display=False) as counter:
+        out = network(x, time_features, cond)
+    # What does not touch the noisy chunk is computed once per chunk, or beforehand.
+    used = torch.autograd.grad(out.sum(), list(network.parameters()), allow_unused=True)
+    buffer = torch.ones(sum(gradient.numel() for gradient in used if gradient is not None), device=grid.device)
+    products_s: float = 1e-9 * counter.get_total_flops() / gflops
+    return 1e3 * max(products_s, _fastest_s(buffer.sum, grid.device))
+
+
+def _fastest_s(call: Callable[[], Any], device: torch.device, repeats: int = 20) -> float:
+    taken = []
+    for _ in range(repeats):
+        _finish(device)
+        start = time.perf_counter()
+        call()
+        _finish(device)
+        taken.append(time.perf_counter() - start)
+    return min(taken)
 
 
 main = benchmark(

@@ -114,6 +114,12 @@ class DenoisingPolicy(Policy, ABC):
 
     grid: Tensor
 
+    @property
+    @final
+    def noises(self) -> int:
+        """See `Policy`."""
+        return len(self.grid) - 1 if self.eta else 0
+
     @final
     def set_steps(self, steps: int) -> None:
         """Sample with K = `steps` from now on.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, NamedTuple, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from flowsteer.policies.errors import PolicyError
 from flowsteer.policies.normalizer import KeyStatistics, Normalizer
 from flowsteer.policies.samplers import Generators
 from flowsteer.policies.spec import ArraySpec, PolicySpec, configurable
+
+if TYPE_CHECKING:
+    from flowsteer.policies.engine import Engine
 
 Observation = Mapping[str, Tensor]
 Draws = tuple[Tensor, ...]
@@ -71,6 +74,11 @@ class Policy(nn.Module, ABC):
             )
         self.relative_to = relative_to
         self.normalizer = Normalizer({**widths, ACTION: spec.action_dim})
+
+    @property
+    def noises(self) -> int:
+        """How often [B, Tp, Da] normal numbers are drawn for a chunk after its starting noise."""
+        return 0
 
     @abstractmethod
     def draw(self, batch_size: int, generator: torch.Generator | None = None) -> Draws:
@@ -137,6 +145,14 @@ class Policy(nn.Module, ABC):
     def act(self, obs: Observation, *, noise: Tensor | None = None, generator: Generators = None) -> Tensor:
         """The part of the chunk that is executed, [B, Ta, Da] in physical units; arguments as `predict`."""
         return self.predict(obs, noise=noise, generator=generator)[:, self.spec.executed]
+
+    @final
+    def compile_act(self, batch: int = 1, steps: int | None = None, dtype: str = "float32") -> Engine:
+        """See `flowsteer.policies.engine.compile_act`."""
+        # Not at the top: that module knows policies.
+        from flowsteer.policies.engine import compile_act
+
+        return compile_act(self, batch, steps, dtype)
 
     def _origin(self, obs: Observation) -> Tensor | float:
         """What chunks are relative to, [B, 1, Da]."""

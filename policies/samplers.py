@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -27,7 +27,24 @@ from flowsteer.policies.paths import Path, eps_of, expand, velocity_of
 Denoise = Callable[[Tensor, int], Tensor]
 """x_t, index of t in the grid -> a_hat. The index, so that all that depends on t alone is computed once per grid."""
 
-Generators = torch.Generator | Sequence[torch.Generator] | None
+
+@final
+class Drawn:
+    """Noise that was drawn beforehand, to be taken in order: what is compiled cannot draw.
+
+    Args:
+        noise: [n, B, Tp, Da].
+    """
+
+    def __init__(self, noise: Tensor) -> None:
+        self._left = list(noise.unbind())
+
+    def take(self) -> Tensor:
+        """The next [B, Tp, Da]."""
+        return self._left.pop(0)
+
+
+Generators = torch.Generator | Sequence[torch.Generator] | Drawn | None
 """One generator for a batch, or one for each of its rows (an episode's noise then ignores its neighbours)."""
 
 
@@ -45,6 +62,8 @@ class Gaussian(NamedTuple):
 
 def randn(shape: Sequence[int], generator: Generators, device: torch.device | str) -> Tensor:
     """Standard normal float32 [B, ...] drawn on the generator's own device, from one generator or one per row."""
+    if isinstance(generator, Drawn):
+        return generator.take()
     if isinstance(generator, Sequence):
         return torch.stack([randn(shape[1:], row, device) for row in generator])
     source = device if generator is None else generator.device

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from flowsteer.cli.bench_latency import LOOPS, SPEC, make_policy, ours
+from flowsteer.cli.bench_latency import LOOPS, SPEC, LatencyBenchmark, engines, make_policy, step_floor_ms
 from flowsteer.cli.main import main
 from flowsteer.configs.groups import NETWORKS
+
+EAGER = OmegaConf.structured(LatencyBenchmark(engines=["eager"]))
 
 
 @pytest.mark.parametrize("network", list(NETWORKS))
@@ -18,20 +21,46 @@ from flowsteer.configs.groups import NETWORKS
 def test_both_contenders_make_the_same_chunk(family: str, network: str, steps: int) -> None:
     policy = make_policy(family, network, steps)
     noise = torch.randn(1, SPEC.prediction_steps, SPEC.action_dim, generator=torch.Generator().manual_seed(0))
-    chunk = ours(policy)(noise)
-    assert (chunk - noise).abs().max() > 0.1
+    (chunk,) = (chunk(noise) for chunk in engines(policy, EAGER).values())
+    noise_there = noise[:, SPEC.executed]
+    assert (chunk - noise_there).abs().max() > 0.1
     torch.testing.assert_close(chunk, LOOPS[family](policy, steps)(noise), atol=2e-4, rtol=1e-3)
 
 
-def test_a_row_for_every_combination(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["policies=[flow]", "networks=[mlp]", "steps=[1,2]", "repeats=3", "device=cpu"]
+def test_a_row_for_every_combination(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
+    options = ["policies=[flow]", "networks=[mlp]", "steps=[1,2]", "engines=[eager]", "repeats=3", "device=cpu"]
     assert main(["bench", "latency", *options, f"out={tmp_path}"]) == 0
     rows = json.loads((tmp_path / "latency.json").read_text())["rows"]
-    assert [(row["policy"], row["network"], row["steps"]) for row in rows] == [("flow", "mlp", 1), ("flow", "mlp", 2)]
-    for row in rows:
-        assert 0 < row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"]
-        assert row["ratio"] == pytest.approx(row["diffusers_p50_ms"] / row["p50_ms"])
-    assert "p50_ms" in capsys.readouterr().out
+    contenders = ["diffusers", "eager"]
+    assert [(row["steps"], row["contender"]) for row in rows] == [(k, name) for k in (1, 2) for name in contenders]
+    for loop, engine in (rows[:2], rows[2:]):
+        assert 0 < engine["p50_ms"] <= engine["p95_ms"] <= engine["p99_ms"]
+        assert loop["x_loop"] == 1
+        assert engine["x_loop"] == pytest.approx(loop["p50_ms"] / engine["p50_ms"])
+        assert engine["of_floor"] == pytest.approx(engine["floor_ms"] / engine["p50_ms"])
+    table = capsys.readouterr().out
+    assert all(column in table for column in ("p50_ms", "x_loop", "of_floor"))
+
+
+def test_the_floor_counts_the_products_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Nothing takes time but the products, at 1 GFLOP/s.
+    monkeypatch.setattr("flowsteer.cli.bench_latency._fastest_s", lambda call, device: 0.0)
+    policy = make_policy("flow", "mlp", 2)
+    chunk, hidden = SPEC.prediction_steps * SPEC.action_dim, 256
+    products = 2 * chunk * hidden + 4 * 2 * hidden * 2 * hidden
+    assert step_floor_ms(policy, gflops=1.0) == pytest.approx(2 * products * 1e-6)
+
+
+def test_the_floor_counts_the_weights_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Every weight takes a second; those of time and observation alone are not read at every step.
+    monkeypatch.setattr("flowsteer.cli.bench_latency._fastest_s", lambda call, device: len(call.__self__))
+    policy = make_policy("flow", "mlp", 2)
+    parts = (policy.network.chunk_input, policy.network.blocks, policy.network.norm, policy.network.output)
+    weights = sum(parameter.numel() for part in parts for parameter in part.parameters())
+    assert step_floor_ms(policy, gflops=1e9) == pytest.approx(1e3 * weights)
 
 
 @pytest.mark.parametrize(
@@ -43,6 +72,8 @@ def test_a_row_for_every_combination(tmp_path: Path, capsys: pytest.CaptureFixtu
         ("steps=[]", "steps is empty: give at least one"),
         ("steps=[1,0]", "steps must be positive, got 0"),
         ("repeats=0", "repeats must be positive, got 0"),
+        ("engines=[]", "engines is empty: give at least one"),
+        ("engines=[eagre]", "engine 'eagre' is unknown; nearest: eager"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(option: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

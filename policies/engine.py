@@ -1,0 +1,253 @@
+"""`act` for one batch size, as fast as this machine allows: what is fastest is measured when it is built, not assumed.
+
+torch.compile sees the whole chunk at once, encoder, K steps and normaliser, with weights and time grid as constants: it
+folds what depends on them alone, such as the embeddings of the K times, fuses what is elementwise and plans the memory
+of all steps beforehand.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from flowsteer.policies.choices import pick
+from flowsteer.policies.denoising import DenoisingPolicy
+from flowsteer.policies.errors import PolicyError
+from flowsteer.policies.policy import ACTION, Observation, Policy
+from flowsteer.policies.samplers import Drawn, Generators, randn
+
+Run = Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]
+"""Observations, starting noise [B, Tp, Da], noise of the steps [n, B, Tp, Da] -> executed actions [B, Ta, Da]."""
+
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+"""Largest error of an engine against the policy itself, in normalised units; one that errs more is not taken."""
+DTYPES: dict[str, tuple[torch.dtype, ...]] = {
+    "float32": (torch.float32,),
+    "bfloat16": (torch.bfloat16,),
+    "auto": (torch.float32, torch.bfloat16),
+}
+REPEATS = 30
+
+
+@final
+@dataclass(frozen=True)
+class Candidate:
+    """A way to run a policy, as it was measured.
+
+    chunk_ms: median time of a chunk; None if it cannot be taken, for the reason in `refused`.
+    error: largest against the policy itself, in normalised units.
+    """
+
+    name: str
+    dtype: str
+    chunk_ms: float | None = None
+    error: float | None = None
+    refused: str | None = None
+
+
+@final
+class Engine:
+    """A policy's `act` for batches of one size, with weights as they were when it was built.
+
+    Attributes:
+        candidates: what was measured.
+        chosen: the fastest of them.
+        threads: of the CPU that it runs on.
+    """
+
+    def __init__(self, policy: Policy, batch: int, threads: int, built: Sequence[tuple[Candidate, Run]]) -> None:
+        self._policy, self._batch, self.threads = policy, batch, threads
+        self.candidates = [candidate for candidate, _ in built]
+        self.chosen, self._run = _fastest(built)
+
+    def __call__(self, obs: Observation, *, noise: Tensor | None = None, generator: Generators = None) -> Tensor:
+        """See `Policy.act`; the same random numbers give the same actions.
+
+        Raises:
+            PolicyError: the batch is of another size, or an observation is not what the policy knows.
+        """
+        spec = self._policy.spec
+        sizes = {key: len(obs[key]) for key in spec.observations if key in obs}
+        wrong = next((key for key, size in sizes.items() if size != self._batch), None)
+        if wrong is not None:
+            raise PolicyError(
+                f"this engine was built for batches of {self._batch}, observation '{wrong}' has {sizes[wrong]}: "
+                "build another with compile_act"
+            )
+        with _threads(self.threads):
+            return self._run({key: obs[key] for key in sizes}, *draw(self._policy, self._batch, noise, generator))
+
+
+def compile_act(
+    policy: Policy, batch: int = 1, steps: int | None = None, dtype: str = "float32", engine: str = "fastest"
+) -> Engine:
+    """Build the engine of a policy; takes up to a minute or two where there is a compiler.
+
+    Args:
+        policy: is copied, later changes of its weights do not reach the engine.
+        batch: B.
+        steps: K, denoising steps; the policy's own where not given.
+        dtype: "float32", "bfloat16", or "auto" for the faster of the two.
+        engine: "eager", "compiled", or "fastest" for the faster of the two; what cannot be built here, for lack of a
+            compiler say, is then left out, and `Engine.candidates` holds the reason.
+
+    Raises:
+        PolicyError: an option is out of its range, or no candidate works and is exact enough.
+    """
+    if batch < 1:
+        raise PolicyError(f"batch must be at least 1, got {batch}")
+    frozen = _frozen(policy, steps)
+    runs = ENGINES if engine == "fastest" else {engine: pick(ENGINES, engine, "engine")}
+    data = _Trial(frozen, batch)
+    with torch.inference_mode():
+        threads = _best_threads(frozen, data)
+        with _threads(threads):
+            built = [
+                data.measure(name, kind, partial(make, frozen, kind))
+                for kind in pick(DTYPES, dtype, "dtype")
+                for name, make in runs.items()
+            ]
+    return Engine(frozen, batch, threads, built)
+
+
+def draw(policy: Policy, batch: int, noise: Tensor | None, generator: Generators) -> tuple[Tensor, Tensor]:
+    """The random numbers of `Policy.act` in its order: the starting noise, then that of the steps [n, B, Tp, Da]."""
+    shape, device = (batch, policy.spec.prediction_steps, policy.spec.action_dim), _device(policy)
+    start = randn(shape, generator, device) if noise is None else noise
+    later = [randn(shape, generator, device) for _ in range(policy.noises)]
+    return start, torch.stack(later) if later else torch.empty(0, *shape, device=device)
+
+
+def _eager(policy: Policy, dtype: torch.dtype) -> Run:
+    """The policy as it is."""
+
+    def run(obs: dict[str, Tensor], noise: Tensor, later: Tensor) -> Tensor:
+        with torch.autocast(noise.device.type, dtype, enabled=dtype != torch.float32):
+            return policy.act(obs, noise=noise, generator=Drawn(later)).float()
+
+    return run
+
+
+def _compiled(policy: Policy, dtype: torch.dtype) -> Run:
+    """All of it as one program."""
+    torch.compiler.reset()
+    on_gpu = _device(policy).type == "cuda"
+    # CUDA graphs replay a chunk as one launch; on a CPU it is Python's part between the kernels that goes.
+    options: dict[str, Any] = {"freezing": True, "triton.cudagraphs" if on_gpu else "cpp_wrapper": True}
+    compiled: Run = torch.compile(_eager(policy, dtype), fullgraph=True, dynamic=False, options=options)
+    # What CUDA graphs return is overwritten by the next call.
+    return (lambda *args: compiled(*args).clone()) if on_gpu else compiled
+
+
+ENGINES: dict[str, Callable[[Policy, torch.dtype], Run]] = {"eager": _eager, "compiled": _compiled}
+
+
+@final
+class _Trial:
+    """Inputs to measure candidates with."""
+
+    def __init__(self, policy: Policy, batch: int) -> None:
+        self._policy, self._device = policy, _device(policy)
+        generator = torch.Generator().manual_seed(0)
+        steps = policy.spec.observation_steps
+        # Normal in network units, or any byte.
+        self.obs = {
+            key: torch.randint(0, 256, (batch, steps, *array.shape), generator=generator, dtype=torch.uint8)
+            if array.dtype == "uint8"
+            else policy.normalizer.unnormalize(
+                key, torch.randn(batch, steps, *array.shape, generator=generator).to(self._device)
+            )
+            for key, array in policy.spec.observations.items()
+        }
+        self.obs = {key: value.to(self._device) for key, value in self.obs.items()}
+        self.noise = draw(policy, batch, None, generator)
+        self._scale = policy.normalizer.get_buffer(f"scale:{ACTION}")
+
+    def measure(self, name: str, dtype: torch.dtype, make: Callable[[], Run]) -> tuple[Candidate, Run]:
+        """Build a candidate, compare it with the policy, and time it."""
+        kind = str(dtype).removeprefix("torch.")
+        try:
+            run = make()
+            error = (self(run) - self(_eager(self._policy, torch.float32))).mul(self._scale).abs().max().item()
+        except Exception as failure:  # each compiler that torch drives fails in its own way
+            inner = getattr(failure, "inner_exception", failure)
+            reason = (str(inner).strip().splitlines() or ["no reason given"])[0]
+            return Candidate(name, kind, refused=f"{type(inner).__name__}: {reason}"), _refused
+        if not error <= TOLERANCES[dtype]:
+            refused = f"its error of {error:.2g} is above the tolerance of {TOLERANCES[dtype]:g}"
+            return Candidate(name, kind, error=error, refused=refused), _refused
+        return Candidate(name, kind, self.chunk_ms(run), error), run
+
+    def __call__(self, run: Run) -> Tensor:
+        return run(self.obs, *self.noise)
+
+    def chunk_ms(self, run: Run, repeats: int = REPEATS) -> float:
+        """Median milliseconds of a chunk."""
+        taken = []
+        for _ in range(repeats + 3):
+            self._finish()
+            started = time.perf_counter()
+            self(run)
+            self._finish()
+            taken.append(time.perf_counter() - started)
+        return 1e3 * sorted(taken[3:])[repeats // 2]
+
+    def _finish(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def _frozen(policy: Policy, steps: int | None) -> Policy:
+    frozen = copy.deepcopy(policy).eval().requires_grad_(False)
+    if steps is not None:
+        if not isinstance(frozen, DenoisingPolicy):
+            raise PolicyError(f"steps={steps}: a {type(policy).__name__} does not denoise, leave steps out")
+        frozen.set_steps(steps)
+    return frozen
+
+
+def _best_threads(policy: Policy, data: _Trial) -> int:
+    """Small products are slower on many threads than on one."""
+    if _device(policy).type != "cpu":
+        return torch.get_num_threads()
+    most, times = torch.get_num_threads(), {}
+    for threads in sorted({1, 2, most // 2, most} & set(range(1, most + 1))):
+        with _threads(threads):
+            times[threads] = data.chunk_ms(_eager(policy, torch.float32), REPEATS // 3)
+    return min(times, key=lambda threads: times[threads])
+
+
+def _fastest(built: Sequence[tuple[Candidate, Run]]) -> tuple[Candidate, Run]:
+    usable = [(candidate.chunk_ms, n) for n, (candidate, _) in enumerate(built) if candidate.chunk_ms is not None]
+    if not usable:
+        reasons = "; ".join(f"{candidate.name} {candidate.dtype}: {candidate.refused}" for candidate, _ in built)
+        raise PolicyError(f"no engine can be built: {reasons}")
+    return built[min(usable)[1]]
+
+
+def _refused(obs: dict[str, Tensor], noise: Tensor, later: Tensor) -> Tensor:
+    raise AssertionError("what was refused is never chosen")
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count != before:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if count != before:
+            torch.set_num_threads(before)
+
+
+def _device(policy: Policy) -> Any:
+    return next(policy.buffers()).device

@@ -1,0 +1,194 @@
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from flowsteer.datasets.key_statistics import KeyStatistics
+from flowsteer.policies import engine
+from flowsteer.policies.denoising import DiffusionPolicy, FlowPolicy
+from flowsteer.policies.encoders.cameras import Cameras
+from flowsteer.policies.encoders.low_dim import LowDim
+from flowsteer.policies.encoders.vit import SmallViT
+from flowsteer.policies.engine import compile_act
+from flowsteer.policies.errors import PolicyError
+from flowsteer.policies.gaussian import GaussianPolicy
+from flowsteer.policies.networks.residual_mlp import ResidualMLP
+from flowsteer.policies.spec import ArraySpec, PolicySpec
+
+SPEC = PolicySpec({"state": ArraySpec((3,)), "finger": ArraySpec((2,))}, 2, 2, 6, 3, 10.0)
+SEEN = PolicySpec({"camera": ArraySpec((20, 20, 3), "uint8")}, 2, 1, 6, 3, 10.0)
+MLP = partial(ResidualMLP, hidden=16, blocks=1)
+FAMILIES = {
+    "diffusion": partial(DiffusionPolicy, encoder=LowDim, network=MLP, steps=3),
+    "ddpm": partial(DiffusionPolicy, encoder=LowDim, network=MLP, steps=3, eta=1.0),
+    "flow": partial(FlowPolicy, encoder=LowDim, network=MLP, steps=3),
+    "flow_sde": partial(FlowPolicy, encoder=LowDim, network=MLP, steps=2, eta=0.5, relative_to="finger"),
+    "heun": partial(FlowPolicy, encoder=LowDim, network=MLP, steps=3, solver="heun"),
+    "gaussian": partial(GaussianPolicy, encoder=LowDim, hidden=(16,), temperature=1.0),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def fitted(make, spec=SPEC):
+    """A policy in which no layer is left at 0, for observations and actions in [-2, 2]."""
+    torch.manual_seed(0)
+    policy = make(spec=spec)
+    for parameter in policy.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    twos = {key: 2 * np.ones(width) for key, width in policy.normalizer.widths.items()}
+    policy.fit_normalizer({k: KeyStatistics(min=-w, max=w, mean=0 * w, std=w, count=1) for k, w in twos.items()})
+    return policy.eval()
+
+
+def observed(batch, spec=SPEC, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    steps = spec.observation_steps
+    return {key: torch.randn(batch, steps, *a.shape, generator=generator) for key, a in spec.observations.items()}
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_eager_engine_is_the_policy(family):
+    policy = fitted(FAMILIES[family])
+    act = compile_act(policy, batch=4, engine="eager")
+    obs = observed(4)
+    assert act(obs, generator=seeded(1)).equal(policy.act(obs, generator=seeded(1)))
+    rows = [seeded(seed) for seed in range(4)], [seeded(seed) for seed in range(4)]
+    assert act(obs, generator=rows[0]).equal(policy.act(obs, generator=rows[1]))
+    noise = torch.randn(4, 6, 2, generator=seeded(2))
+    assert act(obs, noise=noise, generator=seeded(3)).equal(policy.act(obs, noise=noise, generator=seeded(3)))
+    assert act(obs, generator=seeded(1)).shape == (4, 3, 2)
+
+
+@pytest.mark.parametrize("family", ["flow_sde", "gaussian"])
+def test_a_compiled_engine_is_the_policy_within_its_tolerance(family):
+    policy = fitted(FAMILIES[family])
+    act = compile_act(policy, batch=2, engine="compiled")
+    for seed in range(3):
+        obs = observed(2, seed=seed)
+        torch.testing.assert_close(act(obs, generator=seeded(seed)), policy.act(obs, generator=seeded(seed)))
+    assert act.chosen.name == "compiled"
+    assert act.chosen.error < 1e-4
+
+
+def test_the_fastest_of_what_was_measured_is_taken(monkeypatch):
+    policy = fitted(FAMILIES["flow"])
+
+    def slow(frozen, dtype):
+        run = engine._eager(frozen, dtype)
+        return lambda *args: (torch.linalg.svd(torch.eye(200)), run(*args))[1]
+
+    monkeypatch.setattr(engine, "ENGINES", {"slow": slow, "eager": engine._eager})
+    act = policy.compile_act(dtype="auto")
+    assert act.chosen.name == "eager"
+    assert [(c.name, c.dtype) for c in act.candidates] == [
+        ("slow", "float32"),
+        ("eager", "float32"),
+        ("slow", "bfloat16"),
+        ("eager", "bfloat16"),
+    ]
+    assert act.candidates[0].chunk_ms > act.candidates[1].chunk_ms
+
+
+def test_from_images_and_in_bfloat16():
+    camera = partial(Cameras, backbone=partial(SmallViT, embed_dim=8, heads=2, features=8))
+    policy = fitted(partial(FlowPolicy, encoder=camera, network=MLP, steps=2), SEEN)
+    obs = {"camera": torch.randint(0, 256, (2, 1, 20, 20, 3), dtype=torch.uint8)}
+    act = compile_act(policy, batch=2, dtype="bfloat16", engine="eager")
+    assert act.chosen.dtype == "bfloat16"
+    exact = policy.act(obs, generator=seeded(0))
+    rounded = act(obs, generator=seeded(0))
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, exact, rtol=0, atol=0.04)
+    assert not rounded.equal(exact)
+
+
+def test_the_number_of_steps_is_the_engines_own():
+    policy = fitted(FAMILIES["flow"])
+    act = compile_act(policy, steps=1, engine="eager")
+    obs, noise = observed(1), torch.randn(1, 6, 2, generator=seeded(0))
+    assert not act(obs, noise=noise).equal(policy.act(obs, noise=noise))
+    policy.set_steps(1)
+    assert act(obs, noise=noise).equal(policy.act(obs, noise=noise))
+
+
+def test_an_engine_keeps_the_weights_it_was_built_with():
+    policy = fitted(FAMILIES["flow"])
+    act = compile_act(policy, engine="eager")
+    obs = observed(1)
+    before = act(obs, generator=seeded(0))
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.zero_()
+    assert act(obs, generator=seeded(0)).equal(before)
+
+
+def test_what_cannot_be_built_says_why_and_is_left_out(monkeypatch):
+    policy = fitted(FAMILIES["flow"])
+
+    def broken(frozen, dtype):
+        raise RuntimeError("no compiler\nis here")
+
+    monkeypatch.setattr(engine, "ENGINES", {"eager": engine._eager, "compiled": broken})
+    act = compile_act(policy)
+    assert act.chosen.name == "eager"
+    assert act.candidates[1].refused == "RuntimeError: no compiler"
+    with pytest.raises(PolicyError, match="no engine can be built: compiled float32: RuntimeError: no compiler"):
+        compile_act(policy, engine="compiled")
+
+
+def test_what_is_not_exact_enough_is_left_out(monkeypatch):
+    monkeypatch.setitem(engine.TOLERANCES, torch.bfloat16, 1e-9)
+    policy = fitted(FAMILIES["flow"])
+    with pytest.raises(PolicyError, match=r"its error of .* is above the tolerance of 1e-09"):
+        compile_act(policy, dtype="bfloat16", engine="eager")
+    assert compile_act(policy, dtype="auto", engine="eager").chosen.dtype == "float32"
+
+
+def test_the_threads_of_others_stay_as_they_are():
+    torch.set_num_threads(2)
+    act = compile_act(fitted(FAMILIES["flow"]), engine="eager")
+    act.threads = 1
+    act(observed(1))
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        ("flow", {"batch": 0}, "batch must be at least 1, got 0"),
+        ("flow", {"steps": 0}, "a grid needs steps >= 1 and 0 < start <= 1, got steps=0"),
+        ("gaussian", {"steps": 3}, "steps=3: a GaussianPolicy does not denoise, leave steps out"),
+        ("flow", {"dtype": "float16"}, "dtype 'float16' is unknown; nearest: bfloat16"),
+        ("flow", {"engine": "compile"}, "engine 'compile' is unknown; nearest: compiled"),
+    ],
+)
+def test_options_out_of_range_are_refused(family, options, message):
+    with pytest.raises(PolicyError) as error:
+        compile_act(fitted(FAMILIES[family]), **options)
+    assert str(error.value).startswith(message)
+
+
+def test_observations_that_do_not_fit_are_refused():
+    act = compile_act(fitted(FAMILIES["flow"]), batch=2, engine="eager")
+    with pytest.raises(PolicyError) as error:
+        act(observed(3))
+    assert str(error.value) == (
+        "this engine was built for batches of 2, observation 'state' has 3: build another with compile_act"
+    )
+    obs = observed(2)
+    del obs["finger"]
+    with pytest.raises(PolicyError, match="observation 'finger' is missing"):
+        act(obs)
