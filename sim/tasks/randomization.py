@@ -14,8 +14,12 @@ from flowsteer.sim.errors import SimError, optional_module
 
 STREAM = 1
 """Apart from the random numbers that the start of an episode takes from the same seed."""
-BOUNDED = frozenset({"geom_size", "geom_rbound", "geom_aabb"})
-"""The compiler alone makes bounding volumes fit sizes: contacts outside of them would be missed."""
+BOUNDED = (
+    "geom_size geom_margin geom_rbound geom_aabb body_margin bvh_aabb mesh_vert hfield_size hfield_data".split()
+)
+"""The compiler alone makes bounding volumes fit sizes and margins: contacts outside of them would be missed."""
+UNIT = ("quat", "jnt_axis", "light_dir", "eq_data")
+"""Ends of names of fields with vectors of length 1, among them those of welds: MuJoCo does not normalise them again."""
 
 
 @final
@@ -28,7 +32,8 @@ class Randomization:
             between low and high; as `{"body_mass": (0.8, 1.2), "geom_friction": (0.5, 1.5)}`.
 
     Raises:
-        SimError: a field is not one of the model's floating arrays, it follows from others, or a range is not one.
+        SimError: a field is not one of the model's floating arrays, it follows from others, others that MuJoCo does
+            not compute anew follow from it, its vectors must keep their length, or a range is not one.
     """
 
     def __init__(self, model: Any, ranges: Mapping[str, Sequence[float]]) -> None:
@@ -76,6 +81,8 @@ def _field(model: Any, name: str) -> NDArray[np.float64]:
         raise SimError(
             f"randomize.{name} would leave MuJoCo's bounding volumes behind: change sizes in the model's file"
         )
+    if name.endswith(UNIT):
+        raise SimError(f"randomize.{name} holds directions of length 1, which no factor may change: leave it out")
     field = getattr(model, name, None)
     if isinstance(field, np.ndarray) and field.dtype.kind == "f" and len(field):
         return field

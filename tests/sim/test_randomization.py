@@ -66,6 +66,14 @@ def test_an_episode_does_not_depend_on_the_world_that_runs_it():
             {"geom_size": (1, 2)},
             "randomize.geom_size would leave MuJoCo's bounding volumes behind: change sizes in the",
         ),
+        (
+            {"geom_margin": (1, 2)},
+            "randomize.geom_margin would leave MuJoCo's bounding volumes behind: change sizes in the",
+        ),
+        *(
+            ({name: (1, 2)}, f"randomize.{name} holds directions of length 1, which no factor may change: leave it out")
+            for name in ("body_quat", "body_iquat", "geom_quat", "jnt_axis", "light_dir", "eq_data")
+        ),
         ({"body_mass": (1,)}, r"randomize.body_mass must be two factors, 0 <= low <= high, got \[1\]"),
     ],
 )
