@@ -38,7 +38,8 @@ class Application:
     Attributes:
         name: of the subcommand ("_" between its words) and of its config.
         summary: what it does, for `--help`.
-        config: the typed top-level config; its field `out` is the folder to write to.
+        config: the typed top-level config; its field `out` is the folder to write to, or with `out_is_file` a file in
+            that folder.
         run: does the work.
         default_out: the folder of a single run where the config's `out` is None.
         paths: options that name files; relative ones mean the directory of the launch.
@@ -52,6 +53,7 @@ class Application:
     default_out: Callable[[Composed], Path]
     paths: tuple[str, ...] = ()
     register: Callable[[], None] | None = None
+    out_is_file: bool = False
 
     @property
     def command(self) -> str:
@@ -98,7 +100,8 @@ class Application:
 
     def _folder(self, composed: Composed, multirun: bool) -> Path:
         if composed.config.out is not None:
-            return Path(composed.config.out).expanduser().absolute()
+            out = Path(composed.config.out).expanduser().absolute()
+            return out.parent if self.out_is_file else out
         if multirun:
             return Path("runs", f"{self.name}-sweep-{timestamp()}").absolute()
         return self.default_out(composed).absolute()
@@ -140,8 +143,10 @@ class Job:
                 raise
             return Failure(code)
         finally:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+            if sweep:
+                # Hydra has made it; the folder of a single run may be the user's own.
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
 
     def _resolved(self, config: DictConfig, cwd: Path) -> DictConfig:
         OmegaConf.resolve(config)

@@ -14,6 +14,7 @@ COMMANDS = {
     "train": Command("flowsteer.cli.train:main", "clone a policy from demonstrations, or resume a run"),
     "finetune": Command("flowsteer.cli.finetune:main", "improve a policy by reinforcement learning, or resume a run"),
     "eval": Command("flowsteer.cli.eval:main", "judge a checkpoint in simulation"),
+    "export": Command("flowsteer.cli.export:main", "write a checkpoint as one ONNX file"),
     "data": Command("flowsteer.cli.data:main", "inspect, convert, collect and fetch demonstrations"),
     "demo": Command("flowsteer.cli.demo:main", "collect, train and judge a robot arm in minutes"),
     "bench": Command("flowsteer.cli.bench:main", "measure how fast things are"),

@@ -23,6 +23,7 @@ from flowsteer.policies.denoising import DenoisingPolicy
 from flowsteer.policies.errors import PolicyError
 from flowsteer.policies.policy import ACTION, Observation, Policy
 from flowsteer.policies.samplers import Drawn, Generators, randn
+from flowsteer.policies.spec import ArraySpec
 
 Run = Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]
 """Observations, starting noise [B, Tp, Da], noise of the steps [n, B, Tp, Da] -> executed actions [B, Ta, Da]."""
@@ -104,7 +105,7 @@ def compile_act(
     """
     if batch < 1:
         raise PolicyError(f"batch must be at least 1, got {batch}")
-    frozen = _frozen(policy, steps)
+    frozen = frozen_copy(policy, steps)
     runs = ENGINES if engine == "fastest" else {engine: pick(ENGINES, engine, "engine")}
     data = _Trial(frozen, batch)
     with torch.inference_mode():
@@ -157,19 +158,9 @@ class _Trial:
     def __init__(self, policy: Policy, batch: int) -> None:
         self._policy, self._device = policy, _device(policy)
         generator = torch.Generator().manual_seed(0)
-        steps = policy.spec.observation_steps
-        # Normal in network units, or any byte.
-        self.obs = {
-            key: torch.randint(0, 256, (batch, steps, *array.shape), generator=generator, dtype=torch.uint8)
-            if array.dtype == "uint8"
-            else policy.normalizer.unnormalize(
-                key, torch.randn(batch, steps, *array.shape, generator=generator).to(self._device)
-            )
-            for key, array in policy.spec.observations.items()
-        }
-        self.obs = {key: value.to(self._device) for key, value in self.obs.items()}
+        self.obs = likely_observations(policy, batch, generator)
         self.noise = draw(policy, batch, None, generator)
-        self._scale = policy.normalizer.get_buffer(f"scale:{ACTION}")
+        self._scale = policy.normalizer.scale(ACTION)
 
     def measure(self, name: str, dtype: torch.dtype, make: Callable[[], Run]) -> tuple[Candidate, Run]:
         """Build a candidate, compare it with the policy, and time it."""
@@ -205,7 +196,24 @@ class _Trial:
             torch.cuda.synchronize(self._device)
 
 
-def _frozen(policy: Policy, steps: int | None) -> Policy:
+def likely_observations(policy: Policy, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Observations {key: [B, To, ...]} to try a policy with: normal in network units, images of random bytes."""
+
+    def of(key: str, array: ArraySpec) -> Tensor:
+        shape = (batch, policy.spec.observation_steps, *array.shape)
+        if array.dtype == "uint8":
+            return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(_device(policy))
+        return policy.normalizer.unnormalize(key, torch.randn(shape, generator=generator).to(_device(policy)))
+
+    return {key: of(key, array) for key, array in policy.spec.observations.items()}
+
+
+def frozen_copy(policy: Policy, steps: int | None) -> Policy:
+    """A copy that is not trained any more, with K = `steps` where given.
+
+    Raises:
+        PolicyError: the policy does not denoise, or not at the times that they lead to.
+    """
     frozen = copy.deepcopy(policy).eval().requires_grad_(False)
     if steps is not None:
         if not isinstance(frozen, DenoisingPolicy):

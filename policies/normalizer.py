@@ -78,8 +78,8 @@ class Normalizer(nn.Module):
         self.widths = dict(widths)
         for key, width in widths.items():
             # Not a number until `fit` or a checkpoint fills it: an unfitted normaliser can never pass values through.
-            self.register_buffer(f"scale:{key}", torch.full((width,), torch.nan))
-            self.register_buffer(f"offset:{key}", torch.full((width,), torch.nan))
+            self.register_buffer(_name("scale", key), torch.full((width,), torch.nan))
+            self.register_buffer(_name("offset", key), torch.full((width,), torch.nan))
 
     def fit(self, statistics: Mapping[str, KeyStatistics], kinds: Mapping[str, str]) -> None:
         """Fill in the maps; `kinds` names "min_max" (the default of a key), "mean_std" or "identity" per key.
@@ -91,14 +91,18 @@ class Normalizer(nn.Module):
             stats = _checked(statistics, key, width)
             kind = kinds.get(key, "min_max")
             scale, offset = pick(KINDS, kind, f"the normaliser of key '{key}'")(stats)
-            self.get_buffer(f"scale:{key}").copy_(torch.from_numpy(scale).flatten())
-            self.get_buffer(f"offset:{key}").copy_(torch.from_numpy(offset).flatten())
+            self.scale(key).copy_(torch.from_numpy(scale).flatten())
+            self.get_buffer(_name("offset", key)).copy_(torch.from_numpy(offset).flatten())
 
     def check(self) -> None:
         """Raise PolicyError unless every map is finite (fitted or loaded)."""
         for name, value in self.named_buffers():
             if not bool(torch.isfinite(value).all()):
                 raise PolicyError(f"the normaliser's {name} is not finite: fit it on data or load a checkpoint")
+
+    def scale(self, key: str) -> Tensor:
+        """Network units per physical unit, one for each channel of the key."""
+        return self.get_buffer(_name("scale", key))
 
     def normalize(self, key: str, x: Tensor) -> Tensor:
         """Physical -> network units; `x` [..., width] or [..., *shape] with the key's number of channels."""
@@ -120,7 +124,12 @@ class Normalizer(nn.Module):
         if channels != width:
             raise PolicyError(f"key '{key}' has {width} channels, got an array of shape {tuple(x.shape)}")
         shape = x.shape[x.ndim - axes :]
-        return self.get_buffer(f"scale:{key}").view(shape), self.get_buffer(f"offset:{key}").view(shape)
+        return self.scale(key).view(shape), self.get_buffer(_name("offset", key)).view(shape)
+
+
+def _name(what: str, key: str) -> str:
+    # LeRobot's keys have dots, which no buffer's name may have.
+    return f"{what}:{key.replace('.', ':')}"
 
 
 def _checked(statistics: Mapping[str, KeyStatistics], key: str, width: int) -> KeyStatistics:

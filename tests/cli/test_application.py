@@ -192,3 +192,10 @@ def test_cfg_prints_the_config_and_stops(kitchen: Path, capsys: pytest.CaptureFi
     assert run("--cfg", "job", "dish=salad") == 0
     assert "dish:\n  leaves: 3\n" in capsys.readouterr().out
     assert list(kitchen.iterdir()) == []
+
+
+def test_an_empty_folder_of_the_users_stays_when_a_run_fails(kitchen: Path) -> None:
+    (kitchen / "mine").mkdir()
+    assert run("mood=bad", "out=mine") == 1
+    assert run("mood=bad", "out=new/deep") == 1
+    assert sorted(path.name for path in kitchen.iterdir()) == ["mine"]
