@@ -20,6 +20,7 @@ from flowsteer.cli.train import PATHS
 from flowsteer.configs.train import TrainConfig
 from flowsteer.datasets import ReplayBuffer, write_zarr
 from flowsteer.datasets.opening import open_dataset
+from flowsteer.policies.checkpoint import load_policy
 from flowsteer.sim.tasks.pusht import PushT
 from flowsteer.sim.tasks.pusht_symmetry import in_hindsight
 
@@ -368,3 +369,14 @@ def test_a_full_disk_is_one_line_and_nothing_half_written_stays(
     assert done.stderr.count("\n") == 1, done.stderr
     assert not (run / "last").exists()
     assert list((run / "checkpoints").iterdir()) == []
+
+
+def test_observations_keep_the_names_that_lerobot_gives_them(tmp_path: Path, tiny: tuple[str, ...]) -> None:
+    rng = np.random.default_rng(0)
+    data = {"observation.state": rng.normal(size=(40, 3)), "action": rng.normal(size=(40, 2))}
+    demonstrations = write_zarr(ReplayBuffer(data, np.array([20, 40])), tmp_path / "arm.zarr")
+    options = ["task=none", "data.observations=[observation.state]", "data.control_hz=30", "train.steps=2"]
+    assert main(["train", f"dataset={demonstrations}", f"out={tmp_path / 'run'}", *tiny, *options]) == 0
+    policy = load_policy(tmp_path / "run")
+    assert list(policy.spec.observations) == ["observation.state"]
+    assert policy.normalizer.scale("observation.state").isfinite().all()
