@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flowsteer.sim.actions import ActionCheck
+from flowsteer.sim.errors import SimError
 from flowsteer.sim.pool import Pool
 from flowsteer.sim.slot import OUTCOME
 from flowsteer.sim.spec import TaskSpec
@@ -40,6 +41,7 @@ class PoolVecEnv(VecEnv):
         self._pool = pool
         self._next: Iterator[int] = iter(())
         self._seeds = [IDLE] * num_envs
+        self._open = True
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -48,12 +50,14 @@ class PoolVecEnv(VecEnv):
 
     def reset(self, seeds: Iterable[int]) -> Observation:
         """See `VecEnv`."""
+        self._check_open()
         self._next = iter(seeds)
         self._start(range(self.num_envs))
         return self._observation()
 
     def step_chunk(self, actions: Tensor) -> StepResult:
         """See `VecEnv`."""
+        self._check_open()
         seeds = np.array(self._seeds, dtype=np.int64)
         checked = self._check(actions, torch.from_numpy(seeds != IDLE))
         self._check.refuse(bool(checked.hopeless))
@@ -74,7 +78,12 @@ class PoolVecEnv(VecEnv):
 
     def close(self) -> None:
         """See `VecEnv`."""
+        self._open = False
         self._pool.close()
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise SimError(f"{self.spec.name}: this environment is closed")
 
     def _start(self, indices: Iterable[int]) -> None:
         for i in indices:

@@ -14,8 +14,8 @@ from flowsteer.sim.errors import SimError, optional_module
 
 STREAM = 1
 """Apart from the random numbers that the start of an episode takes from the same seed."""
-BOUNDED = (
-    "geom_size geom_margin geom_rbound geom_aabb body_margin bvh_aabb mesh_vert hfield_size hfield_data".split()
+BOUNDED = frozenset(
+    {"geom_size", "geom_margin", "geom_rbound", "geom_aabb", "body_margin", "mesh_vert", "hfield_size", "hfield_data"}
 )
 """The compiler alone makes bounding volumes fit sizes and margins: contacts outside of them would be missed."""
 UNIT = ("quat", "jnt_axis", "light_dir", "eq_data")

@@ -225,6 +225,17 @@ def test_workers_that_hang_share_the_time_that_closing_gives_them(monkeypatch):
     assert granted == [pytest.approx(2.0, abs=0.1), pytest.approx(0.0, abs=0.1)]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_closed_environment_says_so(workers):
+    env = gym(Counting(), 1, 1, workers=workers)
+    env.reset(range(3))
+    env.close()
+    env.close()
+    for use in (lambda: env.reset(range(3)), lambda: env.step_chunk(chunk([1]))):
+        with pytest.raises(SimError, match="counting: this environment is closed"):
+            use()
+
+
 def test_an_error_inside_a_worker_is_told_in_one_line():
     with gym(Counting(), 1, 1, workers=1) as env:
         env.reset(range(3))
