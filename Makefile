@@ -40,7 +40,7 @@ $(VENV)/demo.stamp: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	touch $@
 
 $(VENV)/test.stamp: pyproject.toml constraints.txt | $(VENV)/bin/pip
-	$(PIP) install -c constraints.txt setuptools '.[headless,robotics,lerobot,minari,onnx,ray,warp,dev]'
+	$(PIP) install -c constraints.txt setuptools '.[headless,robotics,lerobot,minari,submitit,onnx,ray,warp,dev]'
 	$(PIP) install -c constraints.txt --no-deps $(TEST_SIMULATORS)
 	touch $@ $(VENV)/demo.stamp
 

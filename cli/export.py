@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import final
 
 from omegaconf import DictConfig
 
@@ -18,6 +19,7 @@ from flowsteer.policies.onnx_export import export_onnx
 SUFFIX = ".onnx"
 
 
+@final
 @dataclass
 class ExportConfig:
     """What to write.
