@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from flowsteer.cli.refusals import is_node, options, parse, wrong_type
 from flowsteer.cli.training import CONFIG
 
 RESUME = "resume"
+FIXED = ("checkpoint", "task", "horizon", "policy", "data")
+"""Options that say what a run's weights mean, or what they were learnt from."""
 
 
 def resumed_run(args: Sequence[str]) -> Path | None:
@@ -24,7 +27,9 @@ def resumed_run(args: Sequence[str]) -> Path | None:
     return Path(given[-1]).expanduser().absolute() if given and given[-1] not in ("", "null") else None
 
 
-def resumed_config(schema: Any, paths: Sequence[str], folder: Path, args: Sequence[str]) -> DictConfig:
+def resumed_config(
+    schema: Any, paths: Sequence[str], folder: Path, args: Sequence[str], free: Collection[str] = ()
+) -> DictConfig:
     """The stored config of the run in `folder` with the other `args` applied.
 
     Args:
@@ -32,16 +37,18 @@ def resumed_config(schema: Any, paths: Sequence[str], folder: Path, args: Sequen
         paths: its options that name files.
         folder: the run.
         args: of the command line.
+        free: what may change all the same of the options that are `FIXED`.
 
     Raises:
-        UsageError: no run there, an unreadable config, an unknown option, a wrong type, or a sweep.
+        UsageError: no run there, an unreadable config, an unknown option, a wrong type, a sweep, or a change of what
+            the weights mean.
     """
     config = _stored(schema, folder)
     for arg in args:
         if arg.startswith("out="):
             raise UsageError(f"'{arg}' cannot go with resume=: a run goes on where it is; copy the folder first")
         if not arg.startswith(f"{RESUME}="):
-            _override(config, arg, paths)
+            _override(config, arg, paths, free)
     return config
 
 
@@ -60,7 +67,7 @@ def _stored(schema: Any, folder: Path) -> DictConfig:
     return config
 
 
-def _override(config: DictConfig, arg: str, paths: Sequence[str]) -> None:
+def _override(config: DictConfig, arg: str, paths: Sequence[str], free: Collection[str]) -> None:
     if arg.startswith("-") or "=" not in arg:
         raise UsageError(f"'{arg}' cannot go with resume=; only option=value can")
     (override,) = parse([arg])
@@ -72,9 +79,20 @@ def _override(config: DictConfig, arg: str, paths: Sequence[str]) -> None:
         group = OmegaConf.select(config, key) if key in config else None
         why = f"'{key}' cannot be chosen anew when resuming" if is_node(group) else f"no option '{key}'"
         raise UsageError(f"{why}; nearest: {nearest(key, known)}")
+    was = _value(config, key)
     try:
         OmegaConf.update(config, key, override.value())
     except OmegaConfBaseException as error:
         raise UsageError(wrong_type(error)) from None
     if key in paths and config[key] is not None:
         config[key] = absolute(config[key], Path.cwd())
+    if key.partition(".")[0] in FIXED and key not in free and _value(config, key) != was:
+        raise UsageError(
+            f"'{arg}' cannot go with resume=: the run was made with {key}={json.dumps(was)}; "
+            f"leave it out or start another run"
+        )
+
+
+def _value(config: DictConfig, key: str) -> Any:
+    value = OmegaConf.select(config, key)
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value

@@ -18,6 +18,8 @@ from flowsteer.configs.train import TrainConfig
 
 PATHS = ("dataset",)
 """Options that name files."""
+FREE = ("policy.steps", "policy.eta", "policy.solver", "policy.clip", "data.in_memory")
+"""Options of the policy and its data that leave the meaning of the weights alone."""
 
 
 def run(config: DictConfig, folder: Path) -> float:
@@ -63,5 +65,5 @@ def main(args: Sequence[str] | None = None) -> int:
     folder = resumed_run(args)
     if folder is None:
         return application(args)
-    train(resumed_config(TrainConfig, PATHS, folder, args), folder)
+    train(resumed_config(TrainConfig, PATHS, folder, args, FREE), folder)
     return 0
