@@ -183,7 +183,7 @@ def _observation(policy: DenoisingPolicy) -> dict[str, Tensor]:
     return {"state": state.to(policy.grid.device)}
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _race(contenders: dict[str, Chunk], repeats: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of each chunk; the contenders take turns, so that a disturbance meets all of them."""
     taken: dict[str, list[float]] = {name: [] for name in contenders}

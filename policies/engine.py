@@ -83,8 +83,11 @@ class Engine:
                 f"this engine was built for batches of {self._batch}, observation '{wrong}' has {sizes[wrong]}: "
                 "build another with compile_act"
             )
-        with _threads(self.threads):
-            return self._run({key: obs[key] for key in sizes}, *draw(self._policy, self._batch, noise, generator))
+        # As it was built: with gradients, or with tensors of inference mode, it would silently be compiled anew.
+        with _threads(self.threads), torch.inference_mode(False), torch.no_grad():
+            known = {key: _ordinary(obs[key]) for key in sizes}
+            start, later = draw(self._policy, self._batch, noise, generator)
+            return self._run(known, _ordinary(start), later)
 
 
 def compile_act(
@@ -108,7 +111,7 @@ def compile_act(
     frozen = frozen_copy(policy, steps)
     runs = ENGINES if engine == "fastest" else {engine: pick(ENGINES, engine, "engine")}
     data = _Trial(frozen, batch)
-    with torch.inference_mode():
+    with torch.no_grad():
         threads = _best_threads(frozen, data)
         with _threads(threads):
             built = [
@@ -139,11 +142,13 @@ def _eager(policy: Policy, dtype: torch.dtype) -> Run:
 
 def _compiled(policy: Policy, dtype: torch.dtype) -> Run:
     """All of it as one program."""
-    torch.compiler.reset()
     on_gpu = _device(policy).type == "cuda"
+    run = _eager(policy, dtype)
+    # Torch keeps what it compiles with the code, and counts it there: every engine has a code of its own.
+    run.__code__ = run.__code__.replace()
     # CUDA graphs replay a chunk as one launch; on a CPU it is Python's part between the kernels that goes.
     options: dict[str, Any] = {"freezing": True, "triton.cudagraphs" if on_gpu else "cpp_wrapper": True}
-    compiled: Run = torch.compile(_eager(policy, dtype), fullgraph=True, dynamic=False, options=options)
+    compiled: Run = torch.compile(run, fullgraph=True, dynamic=False, options=options)
     # What CUDA graphs return is overwritten by the next call.
     return (lambda *args: compiled(*args).clone()) if on_gpu else compiled
 
@@ -255,6 +260,10 @@ def _threads(count: int) -> Iterator[None]:
     finally:
         if count != before:
             torch.set_num_threads(before)
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _device(policy: Policy) -> Any:

@@ -76,9 +76,14 @@ def test_an_eager_engine_is_the_policy(family):
 def test_a_compiled_engine_is_the_policy_within_its_tolerance(family):
     policy = fitted(FAMILIES[family])
     act = compile_act(policy, batch=2, engine="compiled")
-    for seed in range(3):
-        obs = observed(2, seed=seed)
-        torch.testing.assert_close(act(obs, generator=seeded(seed)), policy.act(obs, generator=seeded(seed)))
+    other = compile_act(policy, batch=1, engine="compiled")
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for seed in range(3):
+            obs = observed(2, seed=seed)
+            torch.testing.assert_close(act(obs, generator=seeded(seed)), policy.act(obs, generator=seeded(seed)))
+        assert other(observed(1)).shape == (1, 3, 2)
+        with torch.inference_mode():
+            assert other(observed(1)).shape == (1, 3, 2)
     assert act.chosen.name == "compiled"
     assert act.chosen.error < 1e-4
 
