@@ -171,8 +171,8 @@ class WarpWorlds:
         wp.launch(
             WATCH,
             dim=self.num_worlds,
-            inputs=[data.nefc, data.nacon, data.ncollision],
-            outputs=[self._most_constraints, self._most_contacts],
+            inputs=[data.njmax, data.naconmax],
+            outputs=[data.nefc, data.nacon, data.ncollision, self._most_constraints, self._most_contacts],
         )
 
     def _recorded(self, launch: Callable[[], None]) -> Callable[[], None]:
@@ -195,6 +195,8 @@ class WarpWorlds:
 
 
 def _watch(
+    njmax: int,
+    naconmax: int,
     nefc: wp.array[int],
     nacon: wp.array[int],
     ncollision: wp.array[int],
@@ -203,12 +205,18 @@ def _watch(
 ) -> None:
     world = wp.tid()
     most_constraints[world] = wp.max(most_constraints[world], nefc[world])
+    nefc[world] = wp.min(nefc[world], njmax)
     if world == 0:
         most_contacts[0] = wp.max(most_contacts[0], wp.max(nacon[0], ncollision[0]))
+        nacon[0] = wp.min(nacon[0], naconmax)
+        ncollision[0] = wp.min(ncollision[0], naconmax)
 
 
 WATCH = wp.kernel(_watch, enable_backward=False)
-"""Keeps the largest counts of constraints per world and of contacts, or of pairs that may touch, in all worlds."""
+"""Keeps the largest counts of constraints per world and of contacts, or of pairs that may touch, in all worlds.
+
+It cuts them to what is in the buffers, or Warp would print a line per world and physics step.
+"""
 
 
 def _warp_device(task: MujocoTask, device: torch.device) -> Any:
@@ -220,6 +228,10 @@ def _warp_device(task: MujocoTask, device: torch.device) -> Any:
 
 
 def _put_model(task: MujocoTask, host: Any) -> Any:
+    if (host.geom_type == Geom.mjGEOM_HFIELD).any():
+        raise SimError(
+            f"{task.spec.name}: MuJoCo Warp drops contacts with height fields unnoticed: choose sim.backend=threads"
+        )
     try:
         with warnings.catch_warnings():
             # Old drivers: told once here by what follows from it, a slower step.

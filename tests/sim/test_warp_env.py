@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import sys
 import warnings
 from dataclasses import replace
 
@@ -161,7 +162,7 @@ def test_actions_of_the_wrong_shape_are_refused(env):
 
 
 @pytest.mark.parametrize(("sizes", "unit"), [({"nconmax": 1, "njmax": 62}, "contacts"), ({"njmax": 1}, "constraints")])
-def test_buffers_that_are_too_small_are_told_once_and_cost_the_episodes(sizes, unit):
+def test_buffers_that_are_too_small_are_told_once_and_cost_the_episodes(sizes, unit, capfd):
     # A hopper that stands has 2 contacts with 4 constraints each.
     size = next(iter(sizes))
     env = warp(limited(**sizes), 2, 1)
@@ -179,6 +180,7 @@ def test_buffers_that_are_too_small_are_told_once_and_cost_the_episodes(sizes, u
     assert lost.all()
     (message,) = (str(warning.message) for warning in told if warning.category is RuntimeWarning)
     assert re.match(rf'hopper: .* {unit}.* fit; .* lost: put <size {size}="\d+"/> or more into its model', message)
+    assert "overflow" not in capfd.readouterr().out, "Warp tells it again for each world and step"
 
 
 def test_room_is_made_for_all_that_the_geoms_can_make():
@@ -250,6 +252,21 @@ def test_models_that_warp_lacks_are_refused():
         SimError, match=r"hopper: MuJoCo Warp lacks what its model needs \(noslip .*choose sim.backend=threads"
     ):
         warp(Like(slippery), 1, 1)
+
+
+def test_height_fields_are_refused_as_warp_drops_their_contacts_without_a_word():
+    def hilly(spec):
+        spec.add_hfield(name="hills", nrow=2, ncol=2, size=[1, 1, 1, 0.1], userdata=[0, 1, 0, 1])
+        spec.worldbody.add_geom(type=mujoco.mjtGeom.mjGEOM_HFIELD, hfieldname="hills", pos=[5, 0, -1])
+
+    with pytest.raises(SimError, match=r"hopper: MuJoCo Warp .*height fields.*choose sim.backend=threads"):
+        warp(Like(hilly), 1, 1)
+
+
+def test_a_missing_package_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mujoco_warp", None)
+    with pytest.raises(SimError, match=re.escape("pip install 'flowsteer[warp]'")):
+        warp(Hopper(), 1, 1)
 
 
 def test_a_full_memory_names_the_remedy(monkeypatch):
