@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 
+from flowsteer.cli.errors import UsageError
 from flowsteer.datasets.errors import DataError
 from flowsteer.datasets.opening import open_dataset, open_source
 from flowsteer.datasets.replay_buffer import ACTION, Array, ReplayBuffer
@@ -59,8 +60,11 @@ def load_demonstrations(config: DictConfig, task: Task | None) -> Demonstrations
 
     Raises:
         DataError: naming the data set, the key and the remedy.
+        UsageError: an option does nothing beside the task.
     """
     _check_dataset(config)
+    if task is not None:
+        _check_unset(config, task)
     keys = _keys(config, task)
     wanted = {stored.key for stored in keys.values()} | {ACTION}
     buffer = open_dataset(config.dataset, keys=sorted(wanted), in_memory=config.data.in_memory)
@@ -114,6 +118,16 @@ def _name(task: Task | None) -> str:
     return "none" if task is None else task.spec.name
 
 
+def _check_unset(config: DictConfig, task: Task) -> None:
+    """Refuse options that would do nothing."""
+    for name in ("observations", "control_hz"):
+        if config.data[name]:
+            raise UsageError(
+                f"data.{name} does nothing for task '{_name(task)}', which brings its own: "
+                f"leave it out or set task=none"
+            )
+
+
 def _keys(config: DictConfig, task: Task | None) -> dict[str, DatasetKey]:
     """Where the data set keeps each observation: as told, else under its own name, else as the public sets do."""
     names = list(config.data.observations) if task is None else list(task.spec.observations)
@@ -126,7 +140,22 @@ def _keys(config: DictConfig, task: Task | None) -> dict[str, DatasetKey]:
     public: Mapping[str, DatasetKey] = {} if task is None else task.dataset_keys
     told = {key: DatasetKey(name) for key, name in config.data.names.items()}
     usual = {key: public[key] for key in names if key in public and key not in stored}
-    return {key: DatasetKey(key) for key in names} | usual | told
+    keys = {key: DatasetKey(key) for key in names} | usual | told
+    _check_seen(names, keys)
+    return keys
+
+
+def _check_seen(names: list[str], keys: Mapping[str, DatasetKey]) -> None:
+    """Refuse the same observation twice, and the answer among what the policy sees."""
+    twice = sorted(name for name in set(names) if names.count(name) > 1)
+    if twice:
+        raise DataError(f"data.observations names '{twice[0]}' twice: name it once")
+    leaks = [name for name, stored in keys.items() if stored.key == ACTION]
+    if leaks:
+        raise DataError(
+            f"observation '{leaks[0]}' is read from key '{ACTION}', which the policy is to predict: "
+            f"name another key in data.observations or data.names"
+        )
 
 
 def _read(buffer: ReplayBuffer, stored: DatasetKey) -> Array:
@@ -144,7 +173,7 @@ def _spec(config: DictConfig, task: Task | None, buffer: ReplayBuffer, arrays: M
     action_dim = math.prod(buffer.array(ACTION).shape[1:])
     if task is None:
         observations, hz = {key: _spec_of(array) for key, array in arrays.items()}, config.data.control_hz
-        hz = hz or buffer.control_hz
+        hz = buffer.control_hz if hz is None else hz
         if hz is None:
             raise DataError(f"{buffer.source} does not tell its control rate: set data.control_hz")
     else:

@@ -37,6 +37,7 @@ def compose_or_refuse(name: str, overrides: Sequence[str], *, sweep: bool = Fals
     """
     with initialize(version_base=VERSION_BASE, config_path=None):
         try:
+            _check_deletions(overrides)
             _check_choices(overrides)
             jobs = [_compose(name, job) for job in _jobs(overrides, sweep)]
         except (HydraException, OmegaConfBaseException) as error:
@@ -113,6 +114,13 @@ def _values(override: Override) -> list[str]:
     return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
+def _check_deletions(overrides: Sequence[str]) -> None:
+    for override in parse(overrides):
+        key = override.key_or_group
+        if override.is_delete() and key not in groups() and not key.startswith("hydra"):
+            raise UsageError(f"option '{key}' cannot be deleted")
+
+
 def _check_choices(overrides: Sequence[str]) -> None:
     for override in parse(overrides):
         known = groups().get(override.key_or_group)
@@ -121,14 +129,12 @@ def _check_choices(overrides: Sequence[str]) -> None:
 
 
 def _check_structure(name: str, overrides: Sequence[str], config: DictConfig) -> None:
-    """A node of options is chosen from its group and never replaced by a value; options are neither new nor deleted."""
+    """A node of options is chosen from its group and never replaced by a value; options are not new."""
     default = _compose(name, _choices(overrides)).config
     for override in parse(overrides):
         key = override.key_or_group
         if key in groups() or key.startswith("hydra"):
             continue
-        if override.is_delete():
-            raise UsageError(f"option '{key}' cannot be deleted")
         if override.is_add() and not _is_open(default, key.rpartition(".")[0]):
             raise UsageError(_unknown_option(name, overrides, key))
         node = OmegaConf.select(default, key)

@@ -51,12 +51,21 @@ def make_environments(
         UsageError: there is no such back end.
         SimError: the simulator is not installed, the task does not run in that back end, or a size is out of range.
     """
+    check_backend(sim)
     name = sim.backend or suitable(task)
-    if name not in BACKENDS:
-        raise unknown("sim.backend", name, BACKENDS)
     usual = HEAVY_ENVS if task.heavy else CHEAP_ENVS
     num_envs = min(usual if sim.num_envs is None else sim.num_envs, episodes)
     return BACKENDS[name](task, num_envs, observation_steps, workers=sim.workers, device=device)
+
+
+def check_backend(sim: SimOptions | DictConfig) -> None:
+    """Refuse a back end that there is not.
+
+    Raises:
+        UsageError: naming the nearest.
+    """
+    if sim.backend is not None and sim.backend not in BACKENDS:
+        raise unknown("sim.backend", sim.backend, BACKENDS)
 
 
 def run_episodes(

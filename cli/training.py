@@ -25,6 +25,7 @@ from flowsteer.cli.devices import find_processes
 from flowsteer.cli.errors import UsageError
 from flowsteer.cli.judging import make_evaluation
 from flowsteer.cli.run_log import RunLog, Silent
+from flowsteer.cli.simulation import check_backend
 from flowsteer.datasets.batches import Batches, epoch_batches
 from flowsteer.datasets.key_statistics import statistics, statistics_of
 from flowsteer.datasets.replay_buffer import ACTION
@@ -69,8 +70,9 @@ def train_policy(config: DictConfig, folder: Path) -> Outcome:
         UsageError, DataError, PolicyError, SimError: bad input; nothing has been written then.
     """
     check_seeds(config, "seed", "eval.seed")
-    check_positive(config, "eval.episodes")
+    check_positive(config, "eval.episodes", "data.control_hz")
     check_not_negative(config, "eval.videos", "eval.delay_steps")
+    check_backend(config.sim)
     seed_everything(config.seed)
     accelerator = find_processes(config.device)
     task = make_task(config)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from flowsteer.policies.choices import pick
 from flowsteer.policies.encoders.base import EncoderFactory
 from flowsteer.policies.errors import PolicyError
-from flowsteer.policies.normalizer import KeyStatistics, Normalizer
+from flowsteer.policies.normalizer import KINDS, KeyStatistics, Normalizer
 from flowsteer.policies.samplers import Generators
 from flowsteer.policies.spec import ArraySpec, PolicySpec, configurable
 
@@ -48,7 +49,7 @@ class Policy(nn.Module, ABC):
             chunk are relative to its last observed value; null for absolute actions.
 
     Raises:
-        PolicyError: an option names what the policy does not observe, or is wider than the action.
+        PolicyError: an option names what the policy does not observe or no normaliser, or is wider than the action.
     """
 
     def __init__(
@@ -66,6 +67,8 @@ class Policy(nn.Module, ABC):
         unknown = set(self.normalizers) - {*widths, ACTION}
         if unknown:
             raise PolicyError(f"normalizers names {sorted(unknown)}, the policy has {sorted([*widths, ACTION])}")
+        for key, kind in self.normalizers.items():
+            pick(KINDS, kind, f"the normaliser of key '{key}'")
         if relative_to is not None and not widths.get(relative_to, math.inf) <= spec.action_dim:
             fitting = sorted(key for key, width in widths.items() if width <= spec.action_dim)
             raise PolicyError(

@@ -95,6 +95,8 @@ def run(*args: str) -> int:
         ("guests=1,2", "option 'guests' has several values: add -m to run one job for each, or write guests=[a,b]"),
         ("mood=[a", "'mood=[a' is malformed"),
         ("~guests", "option 'guests' cannot be deleted"),
+        ("~dish.salt", "option 'dish.salt' cannot be deleted"),
+        ("~gests", "option 'gests' cannot be deleted"),
         ("--gests", "unrecognized arguments: --gests; see flowsteer meal --help"),
     ],
 )

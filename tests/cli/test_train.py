@@ -182,8 +182,8 @@ def test_a_sweep_trains_every_combination(dataset: Path, tmp_path: Path, tiny: t
             "data.names.stat names no observation of the task; it has agent_position, block_pose",
         ),
         (
-            ["+data.names.block_pose=action"],
-            "{dataset}: observation 'block_pose' is float64 [2], the task's is float32 [4]",
+            ["+data.names.block_pose=keypoint"],
+            "{dataset}: observation 'block_pose' is float64 [9, 2], the task's is float32 [4]",
         ),
         (["task=pusht_image"], "{dataset}: there is no key 'img'"),
         (["task=none"], "data.observations is empty: with task=none it lists the keys that the policy sees"),

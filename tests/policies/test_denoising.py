@@ -45,6 +45,12 @@ def test_the_bound_of_a_min_max_action_is_refused_for_another(
     make(family, normalizers={"action": "min_max"})
 
 
+@pytest.mark.parametrize("key", ["action", "state"])
+def test_a_normaliser_that_there_is_not_is_refused_by_its_name(key: str) -> None:
+    with pytest.raises(PolicyError, match=rf"the normaliser of key '{key}' 'minmax' is unknown; nearest: min_max"):
+        make(FlowPolicy, normalizers={key: "minmax"})
+
+
 @pytest.mark.parametrize("family", [DiffusionPolicy, FlowPolicy])
 def test_without_a_bound_actions_beyond_a_standard_deviation_are_reached(
     family: type[DiffusionPolicy] | type[FlowPolicy],
