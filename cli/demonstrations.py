@@ -17,6 +17,7 @@ from flowsteer.datasets.opening import open_dataset, open_source
 from flowsteer.datasets.replay_buffer import ACTION, Array, ReplayBuffer
 from flowsteer.policies.build import build
 from flowsteer.policies.spec import ArraySpec, PolicySpec
+from flowsteer.sim.errors import SimError
 from flowsteer.sim.tasks.base import DatasetKey, Task
 
 ENV_ARGS = "env_args"
@@ -36,17 +37,27 @@ def make_task(config: DictConfig) -> Task | None:
     """The task of `config`, None for task=none; what it takes from the data set is written into `config.task`.
 
     Raises:
-        DataError: the data set does not tell its environment.
+        DataError: the data set does not tell its environment, or one that there is not.
     """
     if config.task is None:
         return None
     if OmegaConf.is_missing(config.task, ENV_ARGS):
-        _check_dataset(config)
-        meta = open_source(config.dataset).meta
-        if ENV_ARGS not in meta:
-            raise DataError(f"{config.dataset} does not hold {ENV_ARGS}: choose its task by name")
-        config.task[ENV_ARGS] = meta[ENV_ARGS]
+        return _recorded_task(config)
     task: Task = build(config.task)
+    return task
+
+
+def _recorded_task(config: DictConfig) -> Task:
+    _check_dataset(config)
+    # A file that was written without them holds empty ones, as robomimic wants some.
+    env_args = open_source(config.dataset).meta.get(ENV_ARGS)
+    if not env_args:
+        raise DataError(f"{config.dataset} does not hold {ENV_ARGS}: choose its task by name")
+    config.task[ENV_ARGS] = env_args
+    try:
+        task: Task = build(config.task)
+    except SimError as error:
+        raise DataError(f"{config.dataset}: {error}; correct it or choose a task by name") from error
     return task
 
 

@@ -142,6 +142,9 @@ def _attribute(path: Path, data: h5py.Group, name: str) -> dict[str, Any]:
     told = json_text.parse(data.attrs[name], f"{path}: attribute '{name}'")
     if not isinstance(told, dict):
         raise DataError(f"{path}: attribute '{name}' is no JSON object but {told!r:.40}: write it again")
+    kwargs = told.get("env_kwargs", {})
+    if not isinstance(kwargs, dict):
+        raise DataError(f"{path}: env_kwargs in attribute '{name}' is no object but {kwargs!r:.40}: write it again")
     return told
 
 

@@ -8,6 +8,7 @@ loaded. Clocks may start anywhere: an episode's first row belongs to its first v
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -62,6 +63,9 @@ def _read_info(path: Path) -> dict[str, Any]:
     for key in ("fps", "total_frames", "features"):
         if key not in info:
             raise DataError(f"{file}: there is no key '{key}': this is not a LeRobot data set of version 2 or 3")
+    fps = info["fps"]
+    if not isinstance(fps, int | float) or not 0 < fps < math.inf:
+        raise DataError(f"{file}: key 'fps' must be a positive number, got {fps!r:.40}: write the control rate there")
     return info
 
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, final
 
@@ -96,7 +96,9 @@ def remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        # Where the folder that it should lie in is a file, it cannot be there.
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.unlink()
 
 
 def has_room(size: int) -> bool:

@@ -171,7 +171,12 @@ def load_weights(policy: Policy, folder: Path, prefix: str) -> None:
     try:
         policy.load_state_dict(state)
     except RuntimeError as error:
-        raise PolicyError(f"{folder / POLICY} does not fit its {CONFIG}: {_first_line(error)}") from error
+        # Below a heading, a line for each kind of mismatch.
+        reason = str(error).splitlines()[-1].strip()
+        raise PolicyError(
+            f"{folder / POLICY} does not fit the policy's options ({reason}): "
+            f"set the options that it was trained with, or take another checkpoint"
+        ) from error
     policy.normalizer.check()
 
 

@@ -61,9 +61,11 @@ class PolicySpec:
     control_hz: float
 
     def __post_init__(self) -> None:
-        sizes = (self.action_dim, self.observation_steps, self.prediction_steps, self.execution_steps)
-        if min(sizes) < 1 or not self.observations:
-            raise PolicyError(f"a policy needs observations and sizes of at least 1, got {self}")
+        if not self.observations:
+            raise PolicyError("a policy needs at least one observation")
+        for name in ("action_dim", "observation_steps", "prediction_steps", "execution_steps"):
+            if getattr(self, name) < 1:
+                raise PolicyError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.control_hz > 0:
             raise PolicyError(f"control_hz must be positive, got {self.control_hz:g}")
         if self.observation_steps - 1 + self.execution_steps > self.prediction_steps:

@@ -148,8 +148,10 @@ def task_from_env_args(env_args: Mapping[str, Any]) -> RobosuiteTask:
         env_args: the parsed JSON of the attribute `env_args` of `data`, of robosuite 1.2 or later.
 
     Raises:
-        SimError: an unknown environment, robot, version or controller.
+        SimError: not such JSON, or an unknown environment, robot, version or controller.
     """
+    if not isinstance(env_args, Mapping) or not isinstance(env_args.get("env_kwargs", {}), Mapping):
+        raise SimError("env_args: it and its env_kwargs must be mappings, as robomimic stores them")
     name, kwargs = env_args.get("env_name"), env_args.get("env_kwargs", {})
     if name not in ROBOSUITE_TASKS:
         raise SimError(f"env_args: env_name '{name}' is unknown, choose one of {sorted(ROBOSUITE_TASKS)}")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import zarr
 
-from flowsteer.datasets import DataError, inspect, open_dataset, write_robomimic, write_zarr
+from flowsteer.datasets import DataError, convert, inspect, open_dataset, write_robomimic, write_zarr
 from flowsteer.datasets.opening import open_source
 
 
@@ -61,6 +61,22 @@ def test_hdf5_whose_env_args_are_not_json(robomimic):
     with h5py.File(robomimic, "a") as file:
         file["data"].attrs["env_args"] = "[1]"
     refusal(robomimic)
+
+
+def test_hdf5_whose_env_kwargs_are_text(robomimic):
+    with h5py.File(robomimic, "a") as file:
+        file["data"].attrs["env_args"] = json.dumps({"env_name": "Lift", "env_kwargs": "{}"})
+    assert "env_kwargs in attribute 'env_args' is no object but '{}': write it again" in refusal(robomimic)
+
+
+@pytest.mark.parametrize("name", ["d.zarr", "d.hdf5"])
+@pytest.mark.parametrize("parent", ["file", "file/deeper"])
+def test_writing_where_a_file_stands_in_for_the_folder(name, parent, store, tmp_path):
+    (tmp_path / "file").write_text("here first")
+    target = tmp_path / parent / name
+    told = refusal(target, lambda path: convert(store, path))
+    assert told.startswith(f"{target}: cannot be written ("), told
+    assert (tmp_path / "file").read_text() == "here first"
 
 
 def test_minari_episode_without_rewards(tmp_path):

@@ -7,7 +7,7 @@ import av
 import numpy as np
 import pytest
 
-from flowsteer.datasets import DataError, open_dataset
+from flowsteer.datasets import DataError, inspect, open_dataset
 
 pa = pytest.importorskip("pyarrow", reason="needs the lerobot extra")
 pq = pytest.importorskip("pyarrow.parquet", reason="needs the lerobot extra")
@@ -209,6 +209,15 @@ def test_a_foreign_info_file_is_refused(dataset, content, message):
     (dataset / "meta/info.json").write_text(content)
     with pytest.raises(DataError, match=rf"info.json.* {message}"):
         open_dataset(dataset)
+
+
+@pytest.mark.parametrize("fps", [0, -5, float("nan"), float("inf"), None, "fast"])
+@pytest.mark.parametrize("look", [open_dataset, inspect])
+def test_a_rate_that_is_none_is_refused(dataset, fps, look):
+    file = dataset / "meta/info.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "fps": fps}))
+    with pytest.raises(DataError, match=r"info.json: key 'fps' must be a positive number, got .*: write the control"):
+        look(dataset)
 
 
 def test_meta_files_cut_short_are_refused_by_name(dataset):

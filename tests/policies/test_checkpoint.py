@@ -81,7 +81,16 @@ def test_truncated_weights(tmp_path: Path, keep: int, make_policy: Make, describ
 
 def test_weights_of_another_policy(tmp_path: Path, make_policy: Make, describe: Describe) -> None:
     save(tmp_path / "c", make_policy("gaussian"), describe("flow"))
-    with pytest.raises(PolicyError, match=r"policy.safetensors does not fit its config.yaml: Error\(s\) in loading"):
+    with pytest.raises(PolicyError, match=r"policy.safetensors does not fit the policy's options \(Unexpected key"):
+        load_policy(tmp_path / "c")
+
+
+def test_weights_of_another_width_are_told_by_name(tmp_path: Path, make_policy: Make, describe: Describe) -> None:
+    wide = {**describe("flow"), "policy": {**describe("flow")["policy"]}}
+    wide["policy"]["network"] = {**wide["policy"]["network"], "hidden": 24}
+    save(tmp_path / "c", make_policy("flow"), wide)
+    message = r"options \(size mismatch for network\..*\): set the options that it was trained with, or take another"
+    with pytest.raises(PolicyError, match=message):
         load_policy(tmp_path / "c")
 
 

@@ -177,8 +177,12 @@ def test_spec_round_trip_and_refusals() -> None:
     assert spec.executed == slice(1, 9)
     with pytest.raises(PolicyError, match="must not exceed prediction_steps, got 2 - 1 \\+ 16 > 16"):
         PolicySpec({"x": ArraySpec((1,))}, 2, 2, 16, 16, 10.0)
-    with pytest.raises(PolicyError, match="sizes of at least 1"):
+    with pytest.raises(PolicyError, match=r"^action_dim must be at least 1, got 0$"):
         PolicySpec({"x": ArraySpec((1,))}, 0, 2, 16, 8, 10.0)
+    with pytest.raises(PolicyError, match=r"^execution_steps must be at least 1, got -1$"):
+        PolicySpec({"x": ArraySpec((1,))}, 2, 2, 16, -1, 10.0)
+    with pytest.raises(PolicyError, match=r"^a policy needs at least one observation$"):
+        PolicySpec({}, 2, 2, 16, 8, 10.0)
     with pytest.raises(PolicyError, match="control_hz must be positive, got 0"):
         PolicySpec({"x": ArraySpec((1,))}, 2, 2, 16, 8, 0.0)
 

@@ -206,6 +206,8 @@ def test_the_raw_human_demonstrations_name_their_task(shared_data):
     ("env_args", "message"),
     [
         ({"env_name": "Lift", "env_version": "master"}, "env_version 'master' is not a version such as '1.4.1'"),
+        ("Lift", "env_args: it and its env_kwargs must be mappings, as robomimic stores them"),
+        ({"env_name": "Lift", "env_kwargs": "{}"}, "env_args: it and its env_kwargs must be mappings"),
         ({"env_name": "Door"}, r"env_name 'Door' is unknown, choose one of \['Lift', 'NutAssemblySquare', 'Pick"),
         ({"env_name": "Lift", "env_kwargs": {"robots": ["Sawyer"]}}, r"robots \['Sawyer'\] is not supported"),
         (
