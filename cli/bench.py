@@ -29,6 +29,7 @@ BENCHMARKS: dict[str, Command] = {
     "loader": Command("flowsteer.cli.bench_loader:main", "training batches per second, beside a per-sample loader"),
     "latency": Command("flowsteer.cli.bench_latency:main", "time per chunk at batch 1, beside a diffusers scheduler"),
     "sim": Command("flowsteer.cli.bench_sim:main", "env steps per second of each back end, beside Gymnasium's"),
+    "warp": Command("flowsteer.cli.bench_warp:main", "env steps per second of MuJoCo Warp, and where the time goes"),
     "backends": Command("flowsteer.cli.bench_backends:main", "whether two back ends agree: returns, states"),
     "experts": Command("flowsteer.cli.bench_experts:main", "how often the scripted experts succeed, by noise"),
     "update": Command("flowsteer.cli.bench_update:main", "one iteration of DPPO, beside a straightforward one"),

@@ -28,6 +28,7 @@ from flowsteer.sim.vec_env import IDLE, Observation, VecEnv
 
 TRIAL_EPISODES = 16
 COMPARED_STEPS = (1, 20)
+NO_REFERENCE = "reference return is 0 or lost"
 
 
 @final
@@ -172,22 +173,21 @@ def observed_differences(one: VecEnv, other: VecEnv, policy: LinearPolicy, seeds
 
 def _scores(played: Played, reference: Played) -> dict[str, Any]:
     kept = ~played.lost & ~reference.lost
+    relative = relative_difference(played.returns[kept], reference.returns[kept])
     return {
         "episodes": len(played.returns),
         "lost": int(played.lost.sum()),
         "return": bootstrap(played.returns[~played.lost])._asdict(),
-        "relative": relative_difference(played.returns[kept], reference.returns[kept])._asdict(),
+        "relative": NO_REFERENCE if relative is None else relative._asdict(),
         "env_steps": played.env_steps,
         "wall_s": round(played.wall_s, 2),
     }
 
 
-def relative_difference(returns: NDArray[np.float64], reference: NDArray[np.float64]) -> Interval:
-    """The mean difference, episode by episode, over the size of the mean of `reference`; NaN where that is 0."""
+def relative_difference(returns: NDArray[np.float64], reference: NDArray[np.float64]) -> Interval | None:
+    """The mean difference, episode by episode, over the size of the mean of `reference`; None where that is 0."""
     size = abs(float(reference.mean())) if len(reference) else 0.0
-    if size == 0:
-        return Interval(float("nan"), float("nan"), float("nan"))
-    return Interval(*(value / size for value in bootstrap(returns - reference)))
+    return Interval(*(value / size for value in bootstrap(returns - reference))) if size else None
 
 
 main = benchmark(

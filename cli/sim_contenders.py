@@ -93,7 +93,7 @@ def _rate(advance: Advance, seconds: float) -> float:
     return done / passed
 
 
-def _chunks(task: Task, size: Size, device: torch.device | str = "cpu") -> Iterator[torch.Tensor]:
+def random_chunks(task: Task, size: Size, device: torch.device | str = "cpu") -> Iterator[torch.Tensor]:
     """A few random chunks [B, Ta, Da], over and over."""
     generator = torch.Generator().manual_seed(0)
     low, high = torch.tensor(task.spec.action_low), torch.tensor(task.spec.action_high)
@@ -110,7 +110,7 @@ def _stepping(env: VecEnv, chunks: Iterator[torch.Tensor]) -> Advance:
 @contextmanager
 def _ours(task: Task, backend: str, size: Size, device: torch.device) -> Iterator[Lap]:
     with BACKENDS[backend](task, size.num_envs, 1, device=device) as env:
-        advance = _stepping(env, _chunks(task, size, device))
+        advance = _stepping(env, random_chunks(task, size, device))
         yield lambda seconds: _rate(advance, seconds)
 
 
@@ -125,7 +125,7 @@ def _robosuite(size: Size) -> Iterator[Lap]:
 @contextmanager
 def traced_threads(task: MujocoTask, size: Size, trace: Trace) -> Iterator[Lap]:
     """The back end `threads`; what it notes of each chunk is a copy of the states."""
-    pool, chunks = RolloutPool(task, size.num_envs, 1), _chunks(task, size)
+    pool, chunks = RolloutPool(task, size.num_envs, 1), random_chunks(task, size)
     with PoolVecEnv(task.spec, pool, size.num_envs, 1) as env:
         env.reset(count())
 
@@ -173,7 +173,7 @@ def _gymnasium(task: Task, kind: str, size: Size) -> Iterator[Lap]:
     """Steps in which a finished environment is only reset count as well, to its advantage."""
     gymnasium: Any = optional_module("gymnasium", "mujoco")
     env = gymnasium.make_vec(GYMNASIUM[task.spec.name], size.num_envs, vectorization_mode=kind)
-    chunks = _chunks(task, size)
+    chunks = random_chunks(task, size)
     env.reset(seed=0)
 
     def advance() -> int:

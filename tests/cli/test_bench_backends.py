@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from flowsteer.cli.bench_backends import LinearPolicy, observed_differences, play, relative_difference
+from flowsteer.cli import bench_backends
+from flowsteer.cli.bench_backends import LinearPolicy, Played, observed_differences, play, relative_difference
 from flowsteer.cli.main import main
 from flowsteer.sim.backends import gym, threads
 from flowsteer.sim.tasks.locomotion import Hopper
@@ -48,11 +48,18 @@ def test_warp_agrees_with_threads(tmp_path: Path) -> None:
 
 
 def test_the_relative_difference_is_of_the_means() -> None:
-    mean, low, high = relative_difference(np.array([-1.0, -2.0, -4.5]), np.array([-1.0, -2.0, -3.0]))
+    difference = relative_difference(np.array([-1.0, -2.0, -4.5]), np.array([-1.0, -2.0, -3.0]))
+    assert difference is not None
+    mean, low, high = difference
     assert mean == pytest.approx(-0.5 / 2)
     assert low < mean < high <= 0
-    assert all(map(math.isnan, relative_difference(np.ones(3), np.zeros(3))))
-    assert all(map(math.isnan, relative_difference(np.ones(0), np.ones(0))))
+    assert relative_difference(np.ones(3), np.zeros(3)) is None
+
+
+def test_what_is_relative_to_nothing_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_backends, "play", lambda *args: Played(np.zeros(2), np.zeros(2, bool), 8, 0.1))
+    rows = bench(tmp_path, "backends=[threads,gym]", "episodes=2", "candidates=1")["rows"]
+    assert [row["relative"] for row in rows] == 2 * ["reference return is 0 or lost"]
 
 
 def test_returns_belong_to_their_seeds_whatever_the_batch() -> None:

@@ -62,16 +62,33 @@ def roll(env, chunk_steps, chunks, episodes=12):
     return seen
 
 
-def test_twenty_steps_equal_those_on_threads(env):
-    generator = torch.Generator().manual_seed(1)
-    with threads(Hopper(), B, To) as other:
-        torch.testing.assert_close(env.reset(range(100, 100 + B)), other.reset(range(100, 100 + B)))
-        for _ in range(5):
-            actions = 0.1 * chunk(4, generator)
+# The chaos of the cheetah's contacts blows the rounding of float32 up to 1 within 20 steps.
+@pytest.mark.parametrize(
+    ("make", "steps"),
+    [(Hopper, 20), (Walker2d, 20), (HalfCheetah, 8), (PushTMujoco, 20), (ArmLift, 20)],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_steps_equal_those_on_threads_also_after_a_fall(make, steps, monkeypatch):
+    if make is ArmLift:
+        pytest.importorskip("robosuite", reason="robosuite's models are not installed")
+    task, generator = make(), torch.Generator().manual_seed(1)
+    judge = task.judge
+    monkeypatch.setattr(task, "judge", lambda *args: endless(judge(*args)))
+    low, high = torch.tensor(task.spec.action_low), torch.tensor(task.spec.action_high)
+    with warp(task, B, To) as env, threads(task, B, To) as other:
+        seeds = range(100, 100 + B)
+        torch.testing.assert_close(env.reset(seeds), other.reset(seeds), rtol=1e-5, atol=1e-4)
+        for _ in range(steps // 4):
+            actions = low + (high - low) * torch.rand(B, 4, len(low), generator=generator)
             result, wanted = env.step_chunk(actions), other.step_chunk(actions)
-            assert not wanted.ended.any(), "an episode ended: fewer than 20 steps are compared"
+            assert not (result.ended | wanted.ended).any(), "an episode ended: fewer steps are compared"
             torch.testing.assert_close(result.reward_sum, wanted.reward_sum, rtol=0, atol=1e-3)
             torch.testing.assert_close(result.obs, wanted.obs, rtol=0, atol=1e-3)
+
+
+def endless(judgement):
+    """Without an end by rule."""
+    return judgement._replace(terminated=judgement.terminated & False)
 
 
 def test_episodes_end_and_follow_each_other_as_on_threads(env):
