@@ -73,7 +73,7 @@ def print_table(result: Evaluation, folder: Path) -> None:
     console = Console()
     console.print(table)
     if numbers["lost"]:
-        console.print(f"{numbers['lost']} episodes were lost with their worker and count for nothing")
+        console.print(f"{numbers['lost']} episodes were lost and count for nothing (see the warnings above)")
     console.print(f"written to {folder}", soft_wrap=True, highlight=False)
 
 

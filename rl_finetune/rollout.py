@@ -94,8 +94,7 @@ def collect(
     for _ in range(decisions):
         explored = algorithm.explore(obs, generator)
         result = env.step_chunk(explored.actions)
-        kept = ~result.info["lost"]
-        _check_finite({"reward": result.reward_sum, **result.final_obs}, result.info["seed"].tolist(), kept)
+        _check_finite({"reward": result.reward_sum, **result.final_obs}, result.info["seed"].tolist())
         _check_finite(result.obs, env.seeds)
         observed.append(obs)
         final.append(result.final_obs)
@@ -120,13 +119,12 @@ def _stack(steps: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
 
 
-def _check_finite(arrays: Mapping[str, Tensor], seeds: Sequence[int], kept: Tensor | None = None) -> None:
-    """Of environments [N] with these episodes; one that is not kept was lost, and may hold anything."""
+def _check_finite(arrays: Mapping[str, Tensor], seeds: Sequence[int]) -> None:
+    """Of environments [N] with these episodes; what else loses an episode leaves no such number."""
     for name, value in arrays.items():
         # One sum instead of a mask of every element: it is not finite if any of them is not.
         if value.dtype.is_floating_point and not bool(value.sum().isfinite()):
             bad = ~value.reshape(len(value), -1).isfinite().all(1)
-            bad = bad if kept is None else bad & kept
             if bad.any():
                 i = int(bad.nonzero()[0])
                 raise FinetuneError(

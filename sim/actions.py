@@ -7,6 +7,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
+from flowsteer.sim.complaints import WarnOnce
 from flowsteer.sim.errors import SimError
 from flowsteer.sim.spec import TaskSpec
 
@@ -26,6 +27,7 @@ class ActionCheck:
 
     def __init__(self, spec: TaskSpec, num_envs: int, device: torch.device) -> None:
         self._spec, self._num_envs, self._device = spec, num_envs, device
+        self._tell = WarnOnce()
         self._low = torch.tensor(spec.action_low, device=device)
         self._high = torch.tensor(spec.action_high, device=device)
 
@@ -45,7 +47,16 @@ class ActionCheck:
         finite = actions.isfinite().all(dim=2).all(dim=1)
         broken = running & ~finite
         chunks = torch.where(finite[:, None, None], actions, 0.0).clip(self._low, self._high)
-        return Checked(chunks, broken, broken.any() & (broken == running).all())
+        hopeless = broken.any() & (broken == running).all()
+        if self._device.type == "cpu":
+            self.warn(bool(broken.any() & ~hopeless))
+        return Checked(chunks, broken, hopeless)
+
+    def warn(self, broken: bool) -> None:
+        """Say once that `broken`, any of `Checked.broken`, costs episodes; on a CPU, the check itself does."""
+        if broken:
+            name = self._spec.name
+            self._tell([f"{name}: some actions were not finite; the episodes that met them are lost: mend the policy"])
 
     def refuse(self, hopeless: bool) -> None:
         """End the run of a policy that has diverged; reading `Checked.hopeless` waits for the device.

@@ -11,6 +11,10 @@ class SimError(RuntimeError):
     """Bad input to a simulation; the message is one line naming the task or key and the remedy."""
 
 
+class EpisodeLostError(SimError):
+    """This episode cannot go on and counts for nothing; the environment can start another."""
+
+
 def check_episodes(episodes: int, seed: int) -> None:
     """Refuse to run no episodes, or from a negative seed, which no generator takes.
 

@@ -90,6 +90,7 @@ class IsaacVecEnv(VecEnv):
         seeds = torch.tensor(self._seeds, device=self.device)
         checked = self._check(actions, seeds != IDLE)
         self._check.refuse(bool(checked.hopeless))
+        self._check.warn(bool(checked.broken.any()))
         tally = _Tally(seeds, checked.broken)
         for action in checked.chunks.unbind(1):
             self._step(action, tally)
@@ -111,10 +112,11 @@ class IsaacVecEnv(VecEnv):
         running = tally.running
         returned, reward, reset, _ = self._task.step(torch.where(running[:, None], action, 0))
         obs, timeout = returned["obs"], self._task.timeout_buf.to(self.device) != 0
-        tally.add(reward, reset != 0, timeout, self._success(self._task), obs.isfinite().all(dim=1))
+        finite = obs.isfinite().all(dim=1)
+        tally.add(reward, reset != 0, timeout, self._success(self._task), finite)
         self._task.reset_buf.zero_()
         shifted = torch.cat([self._window[:, 1:], obs[:, None]], dim=1)
-        self._window = torch.where(running[:, None, None], shifted, self._window)
+        self._window = torch.where((running & finite)[:, None, None], shifted, self._window)
 
     def _start(self, indices: Iterable[int]) -> None:
         """Begin the next episodes; an environment that gets no seed keeps its last observations."""

@@ -8,7 +8,8 @@ from typing import final
 
 import numpy as np
 
-from flowsteer.sim.slot import OUTCOME, Outcomes, Slot, window_arrays
+from flowsteer.sim.complaints import Tell, WarnOnce
+from flowsteer.sim.slot import OUTCOME, Outcomes, Slot, run_slots, window_arrays
 from flowsteer.sim.tasks.base import Array, Arrays, Task
 
 
@@ -32,16 +33,21 @@ class Pool(ABC):
 
 @final
 class LocalPool(Pool):
-    """All environments in this process, one after the other: best where a step is cheaper than a message."""
+    """All environments in this process, one after the other: best where a step is cheaper than a message.
 
-    def __init__(self, task: Task, num_envs: int, observation_steps: int) -> None:
+    Args:
+        task, num_envs, observation_steps: B environments of which.
+        tell: why episodes are lost, by default a warning once of each cause.
+    """
+
+    def __init__(self, task: Task, num_envs: int, observation_steps: int, tell: Tell | None = None) -> None:
         arrays = window_arrays(task.spec, num_envs, observation_steps)
-        self._name = task.spec.name
+        self._tell = tell or WarnOnce()
         self.windows = {key: np.zeros(shape, dtype) for key, (shape, dtype) in arrays.items()}
-        self._slots = [
-            Slot(task.make(), task.spec.max_episode_steps, {key: window[i] for key, window in self.windows.items()})
+        self._slots = {
+            i: Slot(task.make(), task.spec, {key: window[i] for key, window in self.windows.items()})
             for i in range(num_envs)
-        ]
+        }
 
     def start(self, seeds: Mapping[int, int]) -> None:
         """See `Pool`."""
@@ -49,12 +55,13 @@ class LocalPool(Pool):
             self._slots[i].start(seed)
 
     def run(self, actions: Mapping[int, Array]) -> tuple[Outcomes, set[int]]:
-        """See `Pool`; nothing is ever lost here."""
-        rows = [self._slots[i].run(chunk) for i, chunk in actions.items()]
-        return np.array(rows, dtype=OUTCOME), set()
+        """See `Pool`."""
+        rows, causes = run_slots(self._slots, actions)
+        self._tell(causes.values())
+        return np.array(rows, dtype=OUTCOME), set(causes)
 
     def close(self) -> None:
         """See `Pool`."""
-        for slot in self._slots:
+        for slot in self._slots.values():
             slot.close()
         self._slots.clear()

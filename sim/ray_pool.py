@@ -17,6 +17,7 @@ from typing import Any, final
 import numpy as np
 
 from flowsteer.sim import ray_connection
+from flowsteer.sim.complaints import WarnOnce
 from flowsteer.sim.dealing import CLOSE_TIMEOUT_S, START_TIMEOUT_S, Dealing
 from flowsteer.sim.errors import SimError
 from flowsteer.sim.pool import LocalPool, Pool
@@ -32,10 +33,12 @@ class Crew:
 
     def make(self, task: Task, num_envs: int, observation_steps: int) -> str:
         """Make the environments; returns where they live."""
+        self._causes: list[str] = []
+        tell = self._causes.extend
         if isinstance(task, MujocoTask):
-            self._pool: Pool = RolloutPool(task, num_envs, observation_steps, threads=1)
+            self._pool: Pool = RolloutPool(task, num_envs, observation_steps, threads=1, tell=tell)
         else:
-            self._pool = LocalPool(task, num_envs, observation_steps)
+            self._pool = LocalPool(task, num_envs, observation_steps, tell)
         return f"process {os.getpid()} on {socket.gethostname()}"
 
     def start(self, seeds: Mapping[int, int]) -> Arrays:
@@ -43,11 +46,12 @@ class Crew:
         self._pool.start(seeds)
         return self._seen(list(seeds))
 
-    def run(self, envs: list[int], chunks: Array) -> tuple[Outcomes, set[int], Arrays]:
-        """Execute chunks [n, Ta, Da] in n environments: outcomes, those that were lost, and the windows of all n."""
+    def run(self, envs: list[int], chunks: Array) -> tuple[Outcomes, set[int], list[str], Arrays]:
+        """Execute chunks [n, Ta, Da] in n environments: outcomes, those lost, why, and the windows of all n."""
+        self._causes.clear()
         # What comes out of the object store is read-only, and environments may scale their action in place.
         outcomes, lost = self._pool.run(dict(zip(envs, chunks.copy(), strict=True)))
-        return outcomes, lost, self._seen(envs)
+        return outcomes, lost, self._causes, self._seen(envs)
 
     def close(self) -> None:
         """Close every environment."""
@@ -82,6 +86,7 @@ class RayPool(Pool):
         timeout_s: float = 120.0,
     ) -> None:
         self._task, self._observation_steps, self._timeout_s = task, observation_steps, timeout_s
+        self._tell = WarnOnce()
         arrays = window_arrays(task.spec, num_envs, observation_steps)
         self.windows = {key: np.zeros(shape, dtype) for key, (shape, dtype) in arrays.items()}
         self._actors: dict[int, Any] = {}
@@ -116,10 +121,11 @@ class RayPool(Pool):
             w: ([i // self._workers for i in part], np.stack([actions[i] for i in part])) for w, part in parts.items()
         }
         answers = self._ask("run", requests, self._timeout_s)
-        for w, (_, _, windows) in answers.items():
+        for w, (_, _, causes, windows) in answers.items():
+            self._tell(causes)
             self._show(parts[w], windows)
         indices = self._dealing.indices
-        told = {w: (rows, {indices[w][i] for i in gone}) for w, (rows, gone, _) in answers.items()}
+        told = {w: (rows, {indices[w][i] for i in gone}) for w, (rows, gone, _, _) in answers.items()}
         return self._dealing.collect(actions, told)
 
     def close(self) -> None:
@@ -139,9 +145,15 @@ class RayPool(Pool):
         """How many workers to start."""
         cpus = int(self._ray.cluster_resources().get("CPU", 0))
         wanted = workers or max(cpus, 1)
-        if wanted * self._connection.cpus_per_worker > cpus:
-            raise SimError(f"the Ray cluster has {cpus} CPUs, too few for {wanted} workers: choose fewer: sim.workers=")
-        return wanted
+        if not self._connection.cpus_per_worker:
+            return wanted
+        free = self._connection.free_cpus(min(wanted, cpus))
+        if free < (workers or 1):
+            raise SimError(
+                f"the Ray cluster has {cpus} CPUs, {free} of them free, too few for {workers or 1} workers: "
+                "choose fewer: sim.workers="
+            )
+        return workers or free
 
     def _show(self, envs: list[int], windows: Arrays) -> None:
         for key, rows in windows.items():

@@ -32,8 +32,9 @@ class StepResult:
     info: tensors [B]: `env_steps` (int64, executed steps), `reward_max` (float32, largest step reward),
         `success` (bool, the task's success held at some executed step), `seed` (int64, of the episode that the
         chunk belonged to), `active` (bool, false where an idle environment did nothing), `lost` (bool: the
-        worker died, the world blew up or its actions were not finite; the episode counts for nothing, its
-        observations here are not of that episode's end).
+        worker died, the world blew up, or its actions, rewards or observations were not finite; the episode
+        counts for nothing, its observations here are not of that episode's end). Only the task's own faults
+        leave numbers here that are not finite: in `reward_sum` or `final_obs` of a lost episode.
     """
 
     obs: Observation

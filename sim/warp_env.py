@@ -5,7 +5,6 @@ Dimension letters: N worlds, Ta control steps, To observed steps. Importing this
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from typing import Any, NamedTuple, final
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from flowsteer.sim.actions import ActionCheck
 from flowsteer.sim.chunk import Outcome, judge_chunk, sane
+from flowsteer.sim.complaints import WarnOnce, diverged, not_finite
 from flowsteer.sim.errors import SimError
 from flowsteer.sim.slot import window_arrays
 from flowsteer.sim.start_queue import Start, StartQueue
@@ -46,8 +46,8 @@ class WarpVecEnv(VecEnv):
 
     All worlds step to the end of the chunk; where an episode ended inside it is found afterwards, and what follows is
     masked. The host waits for the device once per chunk, before it, for the check of the actions. A world whose state
-    blows up, or whose contacts or constraints did not fit, is lost; the latter is told by a warning with the next
-    call.
+    blows up, whose contacts or constraints did not fit, or whose reward or observation is not finite, is lost; why is
+    told by a warning with the next call.
 
     Args:
         task, num_envs, observation_steps, device: see `flowsteer.sim.backends.Backend`.
@@ -72,7 +72,9 @@ class WarpVecEnv(VecEnv):
         self._steps = torch.zeros_like(self._seed)
         self._sensors = self._worlds.sensors.clone()
         self._needs = self._tensor([0, 0], torch.int64)
-        self._warned: set[str] = set()
+        self._faults = torch.zeros_like(self._needs)
+        """Whether any world has blown up so far; whether any reward or observation was not finite."""
+        self._tell = WarnOnce()
         self._open = True
         self._windows = {
             key: torch.zeros(shape, dtype=getattr(torch, str(dtype)), device=self.device)
@@ -101,9 +103,11 @@ class WarpVecEnv(VecEnv):
             seed = self._seed
             active = seed != IDLE
             trail = self._simulate(chunks)
-            outcome = self._judge(chunks, trail, active & ~broken)
+            ran = active & ~broken
+            outcome = self._judge(chunks, trail, ran)
+            self._remember(trail.after, outcome.env_steps - outcome.lost.long())
+            outcome = self._checked_for_faults(outcome, trail, ran)
             lost = broken | outcome.lost
-            self._remember(trail.after, outcome.env_steps)
             self._steps = self._steps + outcome.env_steps
             self._sensors = trail.states.sensors[:, -1]
             final_obs = self._observation()
@@ -119,7 +123,7 @@ class WarpVecEnv(VecEnv):
     def close(self) -> None:
         """See `VecEnv`."""
         if self._open:
-            self._complain(*self._needs.tolist())
+            self._complain(*torch.cat([self._needs, self._faults]).tolist())
             self._open = False
             self._worlds.close()
 
@@ -130,10 +134,11 @@ class WarpVecEnv(VecEnv):
     def _checked(self, actions: Tensor) -> tuple[Tensor, Tensor]:
         """See `Checked`; waits for the device, once for all that the host wants to know."""
         chunks, broken, hopeless = self._check(actions, self._seed != IDLE)
-        news = torch.stack([hopeless.long(), self._queue.taken, *self._needs])
-        refused, taken, contacts, constraints = news.tolist()
-        self._complain(contacts, constraints)
+        news = torch.stack([hopeless.long(), broken.any().long(), self._queue.taken, *self._needs, *self._faults])
+        refused, some, taken, *found = news.tolist()
+        self._complain(*found)
         self._check.refuse(bool(refused))
+        self._check.warn(bool(some))
         self._queue.drop(taken)
         return chunks, broken
 
@@ -162,9 +167,21 @@ class WarpVecEnv(VecEnv):
         judged = judge_chunk(torch, self._task, trail.before, chunks, trail.after, steps_left, sound)
         return Outcome(*(torch.where(worlds, part, torch.zeros_like(part)) for part in judged))
 
-    def _remember(self, after: State, env_steps: Tensor) -> None:
-        """Append the observations of the executed steps to the windows."""
-        recent = env_steps[:, None] + torch.arange(self.observation_steps, device=self.device)
+    def _checked_for_faults(self, outcome: Outcome, trail: Trail, worlds: Tensor) -> Outcome:
+        """Lose the episodes of which a reward or observation is not finite; `worlds` is a mask [N]."""
+        finite = outcome.reward_sum.isfinite()
+        for window in self._windows.values():
+            finite = finite & window.flatten(1).sum(1).isfinite()
+        faulty = worlds & ~finite
+        blown_up = outcome.lost & finite & ~trail.overflown.any(1)
+        self._faults = torch.maximum(self._faults, torch.stack([blown_up.any(), faulty.any()]).long())
+        return outcome._replace(
+            terminated=outcome.terminated & ~faulty, truncated=outcome.truncated & ~faulty, lost=outcome.lost | faulty
+        )
+
+    def _remember(self, after: State, steps: Tensor) -> None:
+        """Append the observations of the first steps [N] to the windows."""
+        recent = steps[:, None] + torch.arange(self.observation_steps, device=self.device)
         for key, new in self._task.observe(torch, after).items():
             window = self._windows[key]
             seen = torch.cat([window, new.to(window.dtype)], dim=1)
@@ -186,14 +203,11 @@ class WarpVecEnv(VecEnv):
             mask = begun.view(-1, *(1,) * (window.ndim - 1))
             self._windows[key] = torch.where(mask, first.to(window.dtype)[:, None], window)
 
-    def _complain(self, contacts: int, constraints: int) -> None:
-        """Warn of buffers that were too small, once of each."""
-        for complaint in self._worlds.complaints(contacts, constraints):
-            # The size needed may grow; the remedy stays the same.
-            kind = complaint.rpartition("<size ")[2].partition("=")[0]
-            if kind not in self._warned:
-                self._warned.add(kind)
-                warnings.warn(complaint, RuntimeWarning, stacklevel=3)
+    def _complain(self, contacts: int, constraints: int, blown_up: int, faulty: int) -> None:
+        """Warn of what has cost episodes so far, once of each."""
+        name = self.spec.name
+        self._tell([*self._worlds.complaints(contacts, constraints), *blown_up * [diverged(name)]])
+        self._tell(faulty * [not_finite(name)])
 
     def _new_queue(self, seeds: Iterable[int]) -> StartQueue:
         return StartQueue(self._task, self.num_envs, seeds, self._parked, self._worlds.fields.draw)

@@ -16,6 +16,7 @@ from ctypes import c_byte
 from multiprocessing.connection import wait
 from typing import Any, final
 
+from flowsteer.sim.complaints import WarnOnce
 from flowsteer.sim.cores import SINGLE_THREADED
 from flowsteer.sim.dealing import CLOSE_TIMEOUT_S, START_TIMEOUT_S, Dealing
 from flowsteer.sim.environ import environment
@@ -83,6 +84,7 @@ class WorkerPool(Pool):
     def __init__(self, task: Task, num_envs: int, observation_steps: int, workers: int, timeout_s: float) -> None:
         self._task = task
         self._timeout_s = timeout_s
+        self._tell = WarnOnce()
         self._shared = {
             key: (_CONTEXT.RawArray(c_byte, math.prod(shape) * dtype.itemsize), shape, dtype)
             for key, (shape, dtype) in window_arrays(task.spec, num_envs, observation_steps).items()
@@ -103,7 +105,9 @@ class WorkerPool(Pool):
         """See `Pool`."""
         parts = self._dealing.parts(actions)
         answers = self._ask("run", {w: {i: actions[i] for i in part} for w, part in parts.items()})
-        return self._dealing.collect(actions, {w: (rows, set()) for w, rows in answers.items()})
+        for _, causes in answers.values():
+            self._tell(causes.values())
+        return self._dealing.collect(actions, {w: (rows, set(causes)) for w, (rows, causes) in answers.items()})
 
     def close(self) -> None:
         """See `Pool`."""

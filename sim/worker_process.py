@@ -9,7 +9,7 @@ from typing import Any, final
 
 import numpy as np
 
-from flowsteer.sim.slot import OutcomeRow, Slot
+from flowsteer.sim.slot import Causes, OutcomeRow, Slot, run_slots
 from flowsteer.sim.tasks.base import Array, Arrays, Task
 
 SharedArrays = Mapping[str, tuple[Any, tuple[int, ...], "np.dtype[Any]"]]
@@ -27,8 +27,7 @@ class Crew:
 
     def __init__(self, task: Task, indices: Sequence[int], windows: Arrays) -> None:
         self._slots = {
-            i: Slot(task.make(), task.spec.max_episode_steps, {key: array[i] for key, array in windows.items()})
-            for i in indices
+            i: Slot(task.make(), task.spec, {key: array[i] for key, array in windows.items()}) for i in indices
         }
 
     def start(self, seeds: Mapping[int, int]) -> None:
@@ -36,9 +35,9 @@ class Crew:
         for i, seed in seeds.items():
             self._slots[i].start(seed)
 
-    def run(self, chunks: Mapping[int, Array]) -> list[OutcomeRow]:
+    def run(self, chunks: Mapping[int, Array]) -> tuple[list[OutcomeRow], Causes]:
         """Execute {environment: [Ta, Da]}."""
-        return [self._slots[i].run(chunk) for i, chunk in chunks.items()]
+        return run_slots(self._slots, chunks)
 
     def close(self) -> None:
         """Close every environment."""

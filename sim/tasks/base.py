@@ -50,7 +50,11 @@ class SingleEnv(ABC):
 
     @abstractmethod
     def step(self, action: Array) -> Step:
-        """Execute one action [Da] in physical units (the back end has clipped it to the task's limits)."""
+        """Execute one action [Da] in physical units (the back end has clipped it to the task's limits).
+
+        Raises:
+            EpisodeLostError: this episode cannot go on.
+        """
 
     @abstractmethod
     def render(self) -> NDArray[np.uint8]:

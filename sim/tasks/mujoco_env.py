@@ -8,8 +8,10 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
+from flowsteer.sim.chunk import sane
+from flowsteer.sim.complaints import causes, heard
 from flowsteer.sim.environ import environment
-from flowsteer.sim.errors import SimError, optional_module
+from flowsteer.sim.errors import EpisodeLostError, SimError, optional_module
 from flowsteer.sim.tasks.base import Array, Arrays, SingleEnv, Step
 from flowsteer.sim.tasks.gymnasium_env import REMEDY, RENDER_SIZE
 from flowsteer.sim.tasks.mujoco_task import MujocoTask, State
@@ -25,30 +27,41 @@ class MujocoEnv(SingleEnv):
         self._task = task
         self._model = task.model()
         self._data = self._mujoco.MjData(self._model)
+        self._warnings = self._data.warning.number
+        """MuJoCo's own count of each kind."""
+        self._complaints: list[str] = []
         self._randomization = Randomization(self._model, task.randomize)
         self._renderer: Any = None
 
     def reset(self, seed: int) -> Arrays:
         """Start the episode of `seed`."""
-        self._randomization.apply(self._model, self._data, seed)
         (qpos,), (qvel,) = self._task.initial(np, self._task.draws([seed]))
-        self._mujoco.mj_resetData(self._model, self._data)
-        self._data.qpos[:], self._data.qvel[:] = qpos, qvel
-        self._mujoco.mj_forward(self._model, self._data)
+        with heard(self._task.spec.name, self._complaints):
+            self._randomization.apply(self._model, self._data, seed)
+            self._mujoco.mj_resetData(self._model, self._data)
+            self._data.qpos[:], self._data.qvel[:] = qpos, qvel
+            self._mujoco.mj_forward(self._model, self._data)
+        # The first step would complain of the same.
+        self._warnings[:] = 0
+        self._complaints.clear()
         return self._observe(self._state())
 
     def step(self, action: Array) -> Step:
         """Hold one action for a control step.
 
         Raises:
-            SimError: the world has blown up.
+            EpisodeLostError: the world has blown up, or its contacts did not fit into memory.
         """
         before = self._state()
         self._data.ctrl[:] = self._task.control(np, action)
-        self._mujoco.mj_step(self._model, self._data, nstep=self._task.frame_skip)
+        with heard(self._task.spec.name, self._complaints):
+            # As in `mujoco.rollout`, which ends a world before the physics step that follows a warning.
+            self._mujoco.mj_step(self._model, self._data, nstep=self._task.frame_skip - 1)
+            stopped = self._warnings.any()
+            self._mujoco.mj_step(self._model, self._data)
         after = self._state()
-        if not np.isfinite(after.qpos).all():
-            raise SimError(f"{self._task.spec.name}: the physics diverged under the action {action.tolist()}")
+        if stopped or not sane(np, after):
+            raise EpisodeLostError(causes(self._task.spec.name, self._complaints)[0])
         judged = self._task.judge(np, before, action, after)
         return Step(self._observe(after), float(judged.reward), bool(judged.terminated), bool(judged.success))
 

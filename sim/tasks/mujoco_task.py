@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple, final
 import numpy as np
 from numpy.typing import NDArray
 
+from flowsteer.sim.complaints import stopped
 from flowsteer.sim.errors import SimError, optional_module
 from flowsteer.sim.tasks.base import Array, SingleEnv, Task
 
@@ -100,7 +101,10 @@ class MujocoTask(Task, ABC):
         Raises:
             SimError: it does not load, or its rate is not that of the spec.
         """
-        model = self.load()
+        try:
+            model = self.load()
+        except ValueError as error:
+            raise stopped(self.spec.name, error) from error
         disable = optional_module("mujoco", "mujoco").mjtDisableBit
         # The solver's warm start is state that a reset or the next chunk would have to carry; the automatic reset
         # would hide a world that has blown up.

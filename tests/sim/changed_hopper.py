@@ -29,3 +29,8 @@ class Like(MujocoTask):
         spec = mujoco.MjSpec.from_file(os.path.join(os.path.dirname(assets.__file__), "assets", "hopper.xml"))
         self._change(spec)
         return spec.compile()
+
+
+def with_memory(size, spec):
+    """So many bytes for contacts and constraints."""
+    spec.memory = size

@@ -7,11 +7,12 @@ from typing import ClassVar
 import numpy as np
 
 from flowsteer.policies.spec import ArraySpec
-from flowsteer.sim.errors import SimError
+from flowsteer.sim.errors import EpisodeLostError, SimError
 from flowsteer.sim.spec import TaskSpec
 from flowsteer.sim.tasks.base import SingleEnv, Step, Task
 
 EXIT, HANG, RAISE = 666.0, 777.0, 888.0
+LOSE, NAN_REWARD, NAN_OBSERVATION = -666.0, -777.0, -888.0
 
 
 class CountingEnv(SingleEnv):
@@ -33,7 +34,10 @@ class CountingEnv(SingleEnv):
             time.sleep(600)
         if self._last == RAISE:
             raise ValueError("the arm\ncame off")
-        return Step(self._observation(), self._last, self._t == self._length(), self._last > 500)
+        if self._last == LOSE:
+            raise EpisodeLostError("counting: the beads fell off: pick them up")
+        reward = np.nan if self._last == NAN_REWARD else self._last
+        return Step(self._observation(), reward, self._t == self._length(), self._last > 500)
 
     def render(self):
         if not self._task.visible:
@@ -52,8 +56,9 @@ class CountingEnv(SingleEnv):
         return self._task.lengths.get(self._seed, 10**9)
 
     def _observation(self):
+        last = np.nan if self._last == NAN_OBSERVATION else self._last
         return {
-            "count": np.array([self._seed, self._t, self._last], dtype=np.float32),
+            "count": np.array([self._seed, self._t, last], dtype=np.float32),
             "picture": np.full((2, 2, 3), self._t, dtype=np.uint8),
         }
 

@@ -1,5 +1,6 @@
 """The Ray back end against the others, with a Ray of this machine that is started once for the whole file."""
 
+import functools
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ from flowsteer.sim import backends, ray_connection
 from flowsteer.sim.environ import environment
 from flowsteer.sim.errors import SimError
 from flowsteer.sim.ray_connection import Connection
+from flowsteer.sim.ray_pool import Crew
 from flowsteer.sim.vec_env import IDLE
 
 ray = pytest.importorskip("ray")
@@ -71,6 +73,20 @@ def test_mujoco_worlds_in_actors_are_those_on_threads():
 
     with backends.threads(Hopper(), 5, 2) as here, dealt(Hopper(), 5, 2) as there:
         assert_same(roll(here, -1, 1, 4), roll(there, -1, 1, 4))
+
+
+def test_worlds_lost_in_actors_are_told_here():
+    pytest.importorskip("gymnasium.envs.mujoco", reason="the hopper's model is Gymnasium's")
+    from changed_hopper import Like, with_memory
+
+    with dealt(Like(functools.partial(with_memory, 9000)), 3) as env:
+        env.reset(range(6))
+        with pytest.warns(RuntimeWarning) as told:
+            result = env.step_chunk(torch.zeros(3, 4, 3))
+    assert result.info["lost"].all()
+    assert result.info["env_steps"].tolist() == [1, 1, 1]
+    (message,) = (str(warning.message) for warning in told if "hopper" in str(warning.message))
+    assert 'are lost: put a larger <size memory="..."/> into its model' in message
 
 
 def test_an_actor_killed_in_the_middle_costs_its_episodes_and_nothing_else():
@@ -131,12 +147,27 @@ def test_an_error_inside_an_actor_is_told_in_one_line():
 
 def test_a_ray_that_was_there_before_lends_its_cpus_and_goes_on(monkeypatch):
     monkeypatch.setattr(ray_connection, "CONNECTION", Connection())
-    with pytest.raises(SimError, match=r"the Ray cluster has \d+ CPUs, too few for 999 workers"):
+    with pytest.raises(SimError, match=r"the Ray cluster has \d+ CPUs, \d+ of them free, too few for 999 workers"):
         backends.ray(Counting(), 999, 1, workers=999)
     with backends.ray(Counting(), 1, 1, workers=1) as env:
         env.reset(range(1))
         assert env.step_chunk(chunk([1, 1])).info["env_steps"].tolist() == [2]
     assert ray.is_initialized()
+
+
+def test_cpus_that_others_have_reserved_are_not_counted_until_they_are_free(monkeypatch):
+    monkeypatch.setattr(ray_connection, "CONNECTION", Connection())
+    cpus = int(ray.cluster_resources()["CPU"])
+    other = ray.remote(Crew).options(num_cpus=cpus).remote()
+    ray.get(other.__ray_ready__.remote())
+    with monkeypatch.context() as patience:
+        patience.setattr(ray_connection, "RETURN_TIMEOUT_S", 0.0)
+        for workers, wanted in ((None, 1), (1, 1)):
+            with pytest.raises(SimError, match=rf"has {cpus} CPUs, 0 of them free, too few for {wanted} workers"):
+                backends.ray(Counting(), 4, 1, workers=workers)
+    ray.kill(other)
+    with backends.ray(Counting(), cpus, 1) as env:
+        assert len(env._pool._places) == cpus
 
 
 def test_a_cluster_that_does_not_answer_is_named_at_once(monkeypatch):
