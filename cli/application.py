@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, final
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn
 from hydra.types import RunMode
 from hydra_zen import launch
 from omegaconf import DictConfig, OmegaConf
@@ -25,6 +28,9 @@ from flowsteer.cli.refusals import VERSION_BASE, Composed, compose_or_refuse, pa
 
 QUIET = ("hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null", "hydra.job.chdir=false")
 """Hydra keeps its hands off logging, the run folder and the working directory."""
+
+SWEEP = "multirun.yaml"
+"""What Hydra writes to the folder of a sweep."""
 
 Run = Callable[[DictConfig, Path], "float | None"]
 """The resolved config and the folder to write to -> a score, for sweepers that optimise."""
@@ -95,8 +101,7 @@ class Application:
         options |= {"overrides": [*added, *overrides], "multirun": multirun, "with_log_configuration": False}
         with _no_empty_folders(folder):
             job = launch(self.config, Job(self), **options)
-        outcome = None if multirun else job.return_value
-        return outcome.code if isinstance(outcome, Failure) else 0
+        return _exit_code(list(chain.from_iterable(job or ())) if multirun else [job])
 
     def _folder(self, composed: Composed, multirun: bool) -> Path:
         if composed.config.out is not None:
@@ -115,9 +120,10 @@ def timestamp() -> str:
 @final
 @dataclass(frozen=True)
 class Failure:
-    """An error that has been reported."""
+    """An error of a job that has been reported; `name` is what the job differs in from the others of its sweep."""
 
     code: int
+    name: str
 
 
 @final
@@ -138,10 +144,10 @@ class Job:
             if code is None:
                 raise
             report(error, f"{hydra.job.override_dirname}: " if sweep else "")
-            if sweep:
-                # Only an exception tells the sweeper that the job failed.
+            if sweep and hydra.runtime.choices["hydra/sweeper"] != "basic":
+                # Only an exception tells a sweeper that optimises that the job failed.
                 raise
-            return Failure(code)
+            return Failure(code, hydra.job.override_dirname)
         finally:
             if sweep:
                 # Hydra has made it; the folder of a single run may be the user's own.
@@ -182,6 +188,15 @@ def _parse(command: str, args: Sequence[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(args)
 
 
+def _exit_code(jobs: Sequence[JobReturn]) -> int:
+    """Of one job or a sweep, at whose end those that failed, maybe on another machine, are told again by name."""
+    failures = [job.return_value for job in jobs if isinstance(job.return_value, Failure)]
+    if failures and len(jobs) > 1:
+        names = "; ".join(failure.name for failure in failures)
+        print(f"error: {len(failures)} of {len(jobs)} jobs failed: {names}", file=sys.stderr)
+    return max((failure.code for failure in failures), default=0)
+
+
 def _folder_overrides(folder: Path, overrides: list[str]) -> Iterator[str]:
     """Run in `folder`; jobs of a sweep in sub-folders named after what differs between them."""
     quoted = "'" + str(folder).replace("\\", "\\\\").replace("'", "\\'") + "'"
@@ -194,11 +209,13 @@ def _folder_overrides(folder: Path, overrides: list[str]) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _no_empty_folders(folder: Path) -> Iterator[None]:
-    """Remove `folder` and its new parents again where nothing was written to them."""
+    """Remove `folder` and its new parents again where nothing was written to them but Hydra's account of a sweep."""
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         yield
     finally:
+        if folder in created and [path.name for path in folder.glob("*")] == [SWEEP]:
+            (folder / SWEEP).unlink()
         for path in created:
             with contextlib.suppress(OSError):
                 path.rmdir()

@@ -167,10 +167,26 @@ def test_a_sweep_runs_each_job_in_a_folder_named_after_what_differs(kitchen: Pat
     assert json.loads((kitchen / "all" / "dish=salad,guests=4" / "served.json").read_text())["guests"] == 4
 
 
+REASON = "the cook is in a bad mood: mood=good"
+
+
 def test_a_failed_job_of_a_sweep_is_named_and_the_others_run(kitchen: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("-m", "mood=bad,good", "out=all") == 1
-    assert "error: mood=bad: the cook is in a bad mood: mood=good\n" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"error: mood=bad: {REASON}\nerror: 1 of 2 jobs failed: mood=bad\n"
     assert sorted(os.listdir(kitchen / "all")) == ["mood=good", "multirun.yaml"]
+
+
+def test_a_sweep_that_fails_leaves_nothing(kitchen: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("-m", "mood=bad", "guests=3,4", "out=deep/all") == 1
+    assert capsys.readouterr().err == (
+        f"error: guests=3: {REASON}\nerror: guests=4: {REASON}\nerror: 2 of 2 jobs failed: guests=3; guests=4\n"
+    )
+    assert list(kitchen.iterdir()) == []
+
+
+def test_an_error_that_is_not_the_users_ends_a_sweep_with_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run("-m", "mood=good,odd")
 
 
 def test_a_sweep_without_a_folder_gets_one(kitchen: Path) -> None:
