@@ -28,11 +28,11 @@ HIGH = 2.0
 class AimEnv(SingleEnv):
     """Say where the target is: the reward is minus the distance, the episode ends by rule after 3 hits, else by time.
 
-    After `nan_after` steps in the episode of seed `nan_seed` the observation is not finite.
+    In the episode of seed `nan_seed` the observation or the reward (`nan_in`) is not finite after the first step.
     """
 
-    def __init__(self, nan_seed=None):
-        self.nan_seed = nan_seed
+    def __init__(self, nan_seed=None, nan_in="target"):
+        self.nan_seed, self.nan_in = nan_seed, nan_in
 
     def reset(self, seed):
         self.seed, self.steps, self.hits = seed, 0, 0
@@ -44,11 +44,13 @@ class AimEnv(SingleEnv):
         distance = float(np.abs(action - self.target).max())
         self.hits += distance < 0.1
         done = self.hits >= 3
-        return Step(self._observation(), -distance, done, done)
+        return Step(self._observation(), self._broken("reward", -distance), done, done)
 
     def _observation(self):
-        target = self.target * np.nan if self.seed == self.nan_seed and self.steps else self.target
-        return {"target": target.astype(np.float32)}
+        return {"target": self._broken("target", self.target).astype(np.float32)}
+
+    def _broken(self, name, value):
+        return value * np.nan if self.seed == self.nan_seed and self.steps and self.nan_in == name else value
 
     def render(self):
         return np.zeros((16, 16, 3), np.uint8)
@@ -65,11 +67,11 @@ class Aim(Task):
     dataset_keys: ClassVar[dict] = {}
     spec = TaskSpec("aim", {"target": ArraySpec((2,))}, 2, (-HIGH, -HIGH), (HIGH, HIGH), 10.0, 12)
 
-    def __init__(self, nan_seed=None):
-        self.nan_seed = nan_seed
+    def __init__(self, nan_seed=None, nan_in="target"):
+        self.nan_seed, self.nan_in = nan_seed, nan_in
 
     def make(self):
-        return AimEnv(self.nan_seed)
+        return AimEnv(self.nan_seed, self.nan_in)
 
 
 class SeenAimEnv(AimEnv):

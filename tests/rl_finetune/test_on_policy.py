@@ -175,11 +175,12 @@ def test_a_ratio_that_is_not_one_before_the_first_update_stops_the_run(make_loop
         loop.train(Record())
 
 
-def test_an_observation_that_is_not_finite_names_its_environment_and_seed(make_loop, tmp_path):
-    loop = make_loop(folder=tmp_path / "run", env_options={"nan_seed": FIRST_SEED + 3})
+@pytest.mark.parametrize("broken", ["target", "reward"])
+def test_what_is_not_finite_names_its_environment_and_seed(make_loop, tmp_path, broken):
+    loop = make_loop(folder=tmp_path / "run", env_options={"nan_seed": FIRST_SEED + 3, "nan_in": broken})
     with pytest.raises(
         FinetuneError,
-        match=rf"environment 3 gave a target that is not finite in the episode of seed {FIRST_SEED + 3}: ",
+        match=rf"environment 3 gave a {broken} that is not finite in the episode of seed {FIRST_SEED + 3}: ",
     ):
         loop.train(Record())
     assert load_trainer(tmp_path / "run" / "last").values["progress"]["env_steps"] == 0

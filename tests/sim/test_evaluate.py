@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from counting import EXIT, Counting
+from counting import EXIT, NAN_OBSERVATION, NAN_REWARD, Counting
 
 from flowsteer.policies.errors import PolicyError
 from flowsteer.policies.spec import ArraySpec, PolicySpec
@@ -128,6 +128,21 @@ def test_lost_episodes_are_counted_and_left_out_of_the_means():
     assert result.reward_sum == (5, 5, 5)
     assert result.success.mean == 0
     assert not math.isnan(result.success.high)
+
+
+@pytest.mark.parametrize("fault", [NAN_REWARD, NAN_OBSERVATION])
+def test_an_episode_whose_numbers_are_not_finite_is_lost(fault):
+    class Provoking(Telling):
+        def predict(self, obs, *, noise=None, generator=None):
+            chunk = torch.ones(len(obs["count"]), 4, 1)
+            chunk[obs["count"][:, -1, 0] == 101] = fault
+            return chunk
+
+    with gym(Counting(limit=5), 2, 2) as env, pytest.warns(RuntimeWarning, match="counting: a reward or observation"):
+        result = evaluate(Provoking(2, 4, 3), env, episodes=4, seed=100)
+    assert [episode.lost for episode in result.episodes] == [False, True, False, False]
+    assert result.reward_sum == (5, 5, 5)
+    assert result.max_reward == (1, 1, 1)
 
 
 def test_progress_is_told_after_every_episode():
