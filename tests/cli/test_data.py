@@ -75,6 +75,56 @@ def test_bad_input_is_one_line(
     assert os.listdir(here) == []
 
 
+CAMERA = "observation.images.front"
+
+
+@pytest.fixture
+def filmed(here: Path) -> Path:
+    """A LeRobot data set of one episode whose film is none."""
+    pa = pytest.importorskip("pyarrow", reason="needs the lerobot extra")
+    pq = pytest.importorskip("pyarrow.parquet", reason="needs the lerobot extra")
+    folder, frames = here / "filmed", 20
+    for name in ("meta", "data/chunk-000", f"videos/chunk-000/{CAMERA}"):
+        (folder / name).mkdir(parents=True)
+    camera = {"dtype": "video", "shape": [48, 64, 3]}
+    info = {"codebase_version": "v2.1", "fps": 10, "total_frames": frames, "features": {CAMERA: camera}}
+    (folder / "meta/info.json").write_text(json.dumps(info))
+    (folder / "meta/episodes.jsonl").write_text(json.dumps({"episode_index": 0, "length": frames}))
+    rows = {"action": [[0.0]] * frames, "timestamp": np.arange(frames) / 10, "episode_index": [0] * frames}
+    pq.write_table(pa.table(rows), folder / "data/chunk-000/episode_000000.parquet")
+    (folder / f"videos/chunk-000/{CAMERA}/episode_000000.mp4").write_bytes(b"no film")
+    return folder
+
+
+def test_an_unreadable_video_is_refused_by_name(filmed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = error_of(capsys, "convert", str(filmed), "deep/a.zarr", code=1)
+    film = filmed / "videos" / "chunk-000" / CAMERA / "episode_000000.mp4"
+    assert told.startswith(f"{film}: the video cannot be read ("), told
+    options = ["task=none", f"data.observations=[{CAMERA}]", "encoder=image", "train.steps=2", "device=cpu", "out=run"]
+    assert main(["train", f"dataset={filmed}", *options]) == 1
+    assert capsys.readouterr().err == f"error: {told}\n"
+    assert os.listdir(filmed.parent) == ["filmed"]
+
+
+def test_a_rate_of_0_is_refused_by_name(filmed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = filmed / "meta" / "info.json"
+    file.write_text(file.read_text().replace('"fps": 10', '"fps": 0'))
+    for args in (["inspect", str(filmed)], ["convert", str(filmed), "a.zarr"]):
+        assert error_of(capsys, *args, code=1).startswith(f"{file}: key 'fps' must be a positive number, got 0: ")
+    assert os.listdir(filmed.parent) == ["filmed"]
+
+
+def test_not_a_number_is_seen_and_not_converted(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    action = np.zeros((20, 2))
+    action[13, 1] = np.nan
+    np.savez(here / "d.npz", actions=action, episode_ends=np.array([20]))
+    told = error_of(capsys, "convert", "d.npz", "a.zarr", code=1)
+    assert told.startswith("d.npz: key 'action' holds a NaN or infinite value at frame 13 (episode 0)"), told
+    assert os.listdir(here) == ["d.npz"]
+    assert main(["data", "inspect", "d.npz"]) == 0
+    assert "NaN" in capsys.readouterr().out
+
+
 def test_an_expert_is_collected(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("robosuite")
     options = ["task=lift", "episodes=2", "seed=3", "sim.workers=1", "noise.std=0.1"]

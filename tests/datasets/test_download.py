@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import resource
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -114,6 +115,27 @@ def test_a_later_call_continues_an_interrupted_one(server, target, monkeypatch):
     download(f"{server.url}/data.hdf5", target)
     assert target.read_bytes() == CONTENT
     assert server.ranges == [None, "bytes=100000-"]
+
+
+@pytest.fixture
+def full_disk():
+    """A limit on the size of files stands for the full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(CONTENT) // 2, before[1]))
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_told_at_once_and_what_fitted_is_continued(server, target, full_disk):
+    message = r"data.hdf5.part: cannot be written \(File too large\): free disk space and call again"
+    with pytest.raises(DataError, match=message):
+        download(f"{server.url}/data.hdf5", target)
+    assert server.ranges == [None], "asking again would not make room"
+    assert names(target.parent) == ["data.hdf5.part", "data.hdf5.part.etag"]
+    full_disk()
+    download(f"{server.url}/data.hdf5", target)
+    assert target.read_bytes() == CONTENT
+    assert server.ranges[1] == f"bytes={len(CONTENT) // 2}-"
 
 
 def test_a_file_that_changed_meanwhile_is_not_glued_together(server, target, monkeypatch):
