@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from typing import Any, final
 
 from flowsteer.sim.cores import usable_cores
@@ -11,6 +12,7 @@ from flowsteer.sim.environ import environment
 from flowsteer.sim.errors import SimError, optional_module
 
 KNOCK_TIMEOUT_S = 5.0
+RETURN_TIMEOUT_S = 10.0
 
 
 @final
@@ -44,6 +46,13 @@ class Connection:
             self._ours = True
         self._pools += 1
         return ray
+
+    def free_cpus(self, wanted: int) -> int:
+        """CPUs that nobody has reserved; waits for as many as wanted, as Ray takes a while to free those of a pool."""
+        ray, end = optional_module("ray", "ray"), time.monotonic() + RETURN_TIMEOUT_S
+        while (free := int(ray.available_resources().get("CPU", 0))) < wanted and time.monotonic() < end:
+            time.sleep(0.2)
+        return free
 
     def close(self) -> None:
         """One pool less; the last one ends what the first one began."""
