@@ -1,15 +1,19 @@
-"""Ranges of options, checked before anything is made."""
+"""Options that several commands check before anything is made."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from flowsteer.cli.errors import UsageError
+from flowsteer.cli.errors import UsageError, unknown
 
 SEEDS = 2**32
 """Seeds are below it: NumPy's global generator takes no larger ones."""
+
+WEIGHTS = ("ema", "weights")
+"""Of a checkpoint: averaged, or as the optimiser left them."""
 
 
 def check_positive(config: DictConfig, *names: str) -> None:
@@ -40,6 +44,19 @@ def check_filled(config: DictConfig, *names: str) -> None:
     for name in names:
         if not OmegaConf.select(config, name):
             raise UsageError(f"{name} is empty: give at least one, '{name}=[a,b]'")
+
+
+def find_checkpoint(config: DictConfig) -> Path:
+    """What `config.checkpoint` names, if `config.weights` is a part of a checkpoint.
+
+    Raises:
+        UsageError: none is named, or there is no such part.
+    """
+    if config.checkpoint is None:
+        raise UsageError("checkpoint= is missing: name a run folder, RUN/best or RUN/checkpoints/STEP")
+    if config.weights not in WEIGHTS:
+        raise unknown("weights", config.weights, WEIGHTS)
+    return Path(config.checkpoint)
 
 
 def _check(config: DictConfig, names: tuple[str, ...], allowed: Callable[[float], bool], must: str) -> None:

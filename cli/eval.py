@@ -9,18 +9,14 @@ from rich.console import Console
 from rich.table import Table
 
 from flowsteer.cli.application import Application
-from flowsteer.cli.checks import check_not_negative, check_positive, check_seeds
+from flowsteer.cli.checks import check_not_negative, check_positive, check_seeds, find_checkpoint
 from flowsteer.cli.devices import find_device
-from flowsteer.cli.errors import UsageError, unknown
 from flowsteer.cli.refusals import Composed
 from flowsteer.cli.simulation import check_kept, find_task, run_episodes
 from flowsteer.configs.evaluation import EvaluationConfig
 from flowsteer.policies.checkpoint import load_policy, read_config, resolve
 from flowsteer.sim.evaluate import Evaluation
 from flowsteer.sim.results import summary, write_evaluation
-
-WEIGHTS = ("ema", "weights")
-"""Of a checkpoint: averaged, or as the optimiser left them."""
 
 
 def run(config: DictConfig, folder: Path) -> float:
@@ -49,14 +45,11 @@ def run(config: DictConfig, folder: Path) -> float:
 
 
 def _checkpoint(config: DictConfig) -> Path:
-    if config.checkpoint is None:
-        raise UsageError("checkpoint= is missing: name a run folder, RUN/best or RUN/checkpoints/STEP")
-    if config.weights not in WEIGHTS:
-        raise unknown("weights", config.weights, WEIGHTS)
+    checkpoint = find_checkpoint(config)
     check_positive(config, "episodes")
     check_seeds(config, "seed")
     check_not_negative(config, "eval.videos", "eval.delay_steps")
-    return Path(config.checkpoint)
+    return checkpoint
 
 
 def print_table(result: Evaluation, folder: Path) -> None:

@@ -9,9 +9,8 @@ from typing import final
 from omegaconf import DictConfig
 
 from flowsteer.cli.application import Application
-from flowsteer.cli.checks import check_positive
-from flowsteer.cli.errors import UsageError, unknown
-from flowsteer.cli.eval import WEIGHTS
+from flowsteer.cli.checks import check_positive, find_checkpoint
+from flowsteer.cli.errors import UsageError
 from flowsteer.cli.refusals import Composed
 from flowsteer.policies.checkpoint import load_policy, resolve
 from flowsteer.policies.onnx_export import export_onnx
@@ -45,7 +44,8 @@ def run(config: DictConfig, folder: Path) -> None:
     Raises:
         UsageError, PolicyError: bad options or checkpoint, or the policy cannot be written.
     """
-    checkpoint = _checkpoint(config)
+    checkpoint = find_checkpoint(config)
+    check_positive(config, "batch")
     file = folder / (Path(config.out).name if config.out else f"policy{SUFFIX}")
     if file.suffix != SUFFIX:
         raise UsageError(f"out={file.name} is no name of an ONNX file: end it in {SUFFIX}")
@@ -54,18 +54,9 @@ def run(config: DictConfig, folder: Path) -> None:
     print(f"{file}: {file.stat().st_size / 1e6:.1f} MB, within {error:.1g} of PyTorch in normalised units")
 
 
-def _checkpoint(config: DictConfig) -> Path:
-    if config.checkpoint is None:
-        raise UsageError("checkpoint= is missing: name a run folder, RUN/best or RUN/checkpoints/STEP")
-    if config.weights not in WEIGHTS:
-        raise unknown("weights", config.weights, WEIGHTS)
-    check_positive(config, "batch")
-    return Path(config.checkpoint)
-
-
 def default_out(composed: Composed) -> Path:
     """The checkpoint's own folder."""
-    return resolve(_checkpoint(composed.config).expanduser())
+    return resolve(find_checkpoint(composed.config).expanduser())
 
 
 main = Application(
