@@ -36,6 +36,8 @@ class LoaderBenchmark:
     """dataset: a Push-T store with state, action and img; made up in its shape if not given.
 
     seconds: measured time of each contender in each of three rounds, of which the best counts.
+    low_dim_batch: rows of a batch of states and actions.
+    image_batch: rows of a batch with images.
     """
 
     dataset: str | None = None

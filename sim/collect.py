@@ -46,8 +46,9 @@ class ActionNoise:
 
     std: of Gaussian noise on all actions but the last (the gripper), in the task's units.
     correlation: of the noise of one step with the step before, in [0, 1).
-    pause_probability: per step, of standing still for `pause_steps` steps while the gripper does as wanted: actions of
-        0 or the last target again, see `TaskSpec.zero_holds`.
+    pause_probability: per step, of standing still for a while, the gripper doing as wanted: actions of 0 or the last
+        target again, see `TaskSpec.zero_holds`.
+    pause_steps: length of such a pause.
     """
 
     std: float = 0.0
