@@ -6,7 +6,6 @@ it needs at every step, whichever takes longer.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,6 +29,7 @@ from flowsteer.policies.denoising import DenoisingPolicy
 from flowsteer.policies.engine import Engine, compile_act
 from flowsteer.policies.policy import ACTION
 from flowsteer.policies.spec import ArraySpec, PolicySpec
+from flowsteer.policies.timing import timed
 from flowsteer.sim.errors import optional_module
 
 SPEC = PolicySpec(
@@ -189,12 +189,9 @@ def _race(contenders: dict[str, Chunk], repeats: int, device: torch.device) -> d
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     for number, noise in enumerate(_noises(repeats + WARM_UP, device)):
         for name, chunk in contenders.items():
-            _finish(device)
-            start = time.perf_counter()
-            chunk(noise)
-            _finish(device)
+            seconds = timed(partial(chunk, noise), device)[1]
             if number >= WARM_UP:
-                taken[name].append(time.perf_counter() - start)
+                taken[name].append(seconds)
     return taken
 
 
@@ -205,11 +202,6 @@ def _noises(count: int, device: torch.device) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(2)
     for _ in range(count):
         yield torch.randn(1, SPEC.prediction_steps, SPEC.action_dim, generator=generator).to(device)
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _quantiles(seconds: Iterable[float]) -> dict[str, float]:
@@ -249,14 +241,7 @@ def step_floor_ms(policy: DenoisingPolicy, gflops: float) -> float:
 
 
 def _fastest_s(call: Callable[[], Any], device: torch.device, repeats: int = 20) -> float:
-    taken = []
-    for _ in range(repeats):
-        _finish(device)
-        start = time.perf_counter()
-        call()
-        _finish(device)
-        taken.append(time.perf_counter() - start)
-    return min(taken)
+    return min(timed(call, device)[1] for _ in range(repeats))
 
 
 main = benchmark(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, final
@@ -23,6 +22,7 @@ from flowsteer.policies.encoders.low_dim import LowDim
 from flowsteer.policies.networks.residual_mlp import ResidualMLP
 from flowsteer.policies.samplers import Gaussian, transition
 from flowsteer.policies.spec import PolicySpec
+from flowsteer.policies.timing import timed
 from flowsteer.rl_finetune.critic import Critic
 from flowsteer.rl_finetune.dppo import DPPO
 from flowsteer.rl_finetune.exploration import NoiseFloor
@@ -71,12 +71,13 @@ def measure(config: DictConfig) -> dict[str, Any]:
     """`rows`: seconds of collecting and of learning of each contender, on the same decisions."""
     sizes = ("num_envs", "decisions", "steps", "fine_tuned_steps", "epochs", "batch_size", "hidden", "blocks")
     check_positive(config, *sizes, "chunk_steps")
-    loop = _loop(config)
+    device = find_device(config.device)
+    loop = _loop(config, device)
     with loop.env:
         loop.generator.manual_seed(0)
-        rollout, collect_s = _timed(loop.collect)
-    ours_s = _timed(partial(loop.update, rollout, critic_alone=False))[1]
-    theirs_s = _timed(partial(Straightforward(loop).update, rollout))[1]
+        rollout, collect_s = timed(loop.collect, device)
+    ours_s = timed(partial(loop.update, rollout, critic_alone=False), device)[1]
+    theirs_s = timed(partial(Straightforward(loop).update, rollout), device)[1]
     env_steps = loop.progress.env_steps
     rows = [
         {"contender": "flowsteer", "collect_s": collect_s, "update_s": ours_s, "speedup": theirs_s / ours_s},
@@ -85,8 +86,8 @@ def measure(config: DictConfig) -> dict[str, Any]:
     return {"rows": rows, "env_steps": env_steps, "collect_env_steps_per_s": env_steps / collect_s}
 
 
-def _loop(config: DictConfig) -> OnPolicy:
-    device, task = find_device(config.device), find_task("hopper", {})
+def _loop(config: DictConfig, device: torch.device) -> OnPolicy:
+    task = find_task("hopper", {})
     env = make_environments(task, SimOptions(num_envs=config.num_envs), config.num_envs, 1, device)
     spec = PolicySpec(
         dict(task.spec.observations), task.spec.action_dim, 1, config.chunk_steps, config.chunk_steps, 125.0
@@ -109,16 +110,6 @@ def _loop(config: DictConfig) -> OnPolicy:
     )
     critic = Critic(spec.observation_steps * policy.encoder.feature_dim)
     return OnPolicy(algorithm, critic, env, options, accelerator=Accelerator(cpu=device.type == "cpu"))
-
-
-def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    result = call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return result, time.perf_counter() - started
 
 
 @final

@@ -19,6 +19,7 @@ from flowsteer.cli.checks import check_filled, check_positive
 from flowsteer.cli.devices import find_device
 from flowsteer.cli.sim_contenders import Size, random_chunks
 from flowsteer.cli.simulation import find_task
+from flowsteer.policies.timing import synchronize
 from flowsteer.sim.backends import warp
 from flowsteer.sim.tasks.base import Task
 from flowsteer.sim.vec_env import VecEnv
@@ -98,12 +99,6 @@ class Stopwatch:
         if self._open:
             self.seconds[self._open[-1]] += now - self._since
         self._since = now
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for all streams of a GPU; a CPU has done what it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def measure(config: DictConfig) -> dict[str, Any]:

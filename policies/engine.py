@@ -8,7 +8,6 @@ of all steps beforehand.
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from flowsteer.policies.errors import PolicyError
 from flowsteer.policies.policy import ACTION, Observation, Policy
 from flowsteer.policies.samplers import Drawn, Generators, randn
 from flowsteer.policies.spec import ArraySpec
+from flowsteer.policies.timing import timed
 
 Run = Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]
 """Observations, starting noise [B, Tp, Da], noise of the steps [n, B, Tp, Da] -> executed actions [B, Ta, Da]."""
@@ -93,7 +93,7 @@ class Engine:
 def compile_act(
     policy: Policy, batch: int = 1, steps: int | None = None, dtype: str = "float32", engine: str = "fastest"
 ) -> Engine:
-    """Build the engine of a policy; takes up to a minute or two where there is a compiler.
+    """Build the engine of a policy; takes minutes where there is a compiler, the longer the larger the network and K.
 
     Args:
         policy: is copied, later changes of its weights do not reach the engine.
@@ -187,18 +187,8 @@ class _Trial:
 
     def chunk_ms(self, run: Run, repeats: int = REPEATS) -> float:
         """Median milliseconds of a chunk."""
-        taken = []
-        for _ in range(repeats + 3):
-            self._finish()
-            started = time.perf_counter()
-            self(run)
-            self._finish()
-            taken.append(time.perf_counter() - started)
+        taken = [timed(partial(self, run), self._device)[1] for _ in range(repeats + 3)]
         return 1e3 * sorted(taken[3:])[repeats // 2]
-
-    def _finish(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
 
 
 def likely_observations(policy: Policy, batch: int, generator: torch.Generator) -> dict[str, Tensor]:

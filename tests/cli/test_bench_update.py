@@ -14,7 +14,7 @@ SMALL = {"num_envs": 4, "decisions": 5, "steps": 6, "fine_tuned_steps": 3, "epoc
 def loop():
     pytest.importorskip("mujoco")
     config = OmegaConf.structured(bench_update.UpdateBenchmark(**SMALL, blocks=1, device="cpu"))
-    made = bench_update._loop(config)
+    made = bench_update._loop(config, torch.device("cpu"))
     yield made
     made.env.close()
 
