@@ -131,7 +131,7 @@ def _name(task: Task | None) -> str:
 
 def _check_unset(config: DictConfig, task: Task) -> None:
     """Refuse options that would do nothing."""
-    for name in ("observations", "control_hz"):
+    for name in ("observations", "control_hz", "discrete"):
         if config.data[name]:
             raise UsageError(
                 f"data.{name} does nothing for task '{_name(task)}', which brings its own: "
@@ -184,13 +184,17 @@ def _spec(config: DictConfig, task: Task | None, buffer: ReplayBuffer, arrays: M
     action_dim = math.prod(buffer.array(ACTION).shape[1:])
     if task is None:
         observations, hz = {key: _spec_of(array) for key, array in arrays.items()}, config.data.control_hz
+        discrete = tuple(config.data.discrete)
         hz = buffer.control_hz if hz is None else hz
         if hz is None:
             raise DataError(f"{buffer.source} does not tell its control rate: set data.control_hz")
     else:
-        observations, hz = dict(task.spec.observations), task.spec.control_hz
+        observations, hz, discrete = dict(task.spec.observations), task.spec.control_hz, task.spec.discrete
         _check_task(task, buffer, action_dim)
-    return PolicySpec(observations, action_dim, control_hz=hz, **config.horizon)
+    scale = config.data.discrete_scale
+    return PolicySpec(
+        observations, action_dim, control_hz=hz, discrete=discrete, discrete_scale=scale, **config.horizon
+    )
 
 
 def _spec_of(array: Array) -> ArraySpec:

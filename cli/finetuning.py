@@ -121,7 +121,13 @@ def _from_nothing(config: DictConfig) -> Start:
         )
     task: Task = build(config.task)
     spec = task.spec
-    policy_spec = PolicySpec(dict(spec.observations), spec.action_dim, control_hz=spec.control_hz, **config.horizon)
+    policy_spec = PolicySpec(
+        dict(spec.observations),
+        spec.action_dim,
+        control_hz=spec.control_hz,
+        discrete=spec.discrete,
+        **config.horizon,
+    )
     described = plain(config)
     return Start(build(config.policy, spec=policy_spec), described["policy"], task, described["task"])
 

@@ -49,6 +49,8 @@ class DataOptions:
         names: {observation: key of the data set}, where they differ from what the task says.
         observations: with task=none, the keys that the policy sees.
         control_hz: with task=none, the control rate, where the data set does not tell.
+        discrete: with task=none, the action dimensions that take one of two values, such as a gripper's.
+        discrete_scale: what these two are to the network, plus and minus, in (0, 1].
         val_fraction: share of the episodes that validate.
         max_train_episodes: train on at most so many episodes.
         in_memory: false reads images from disk as they are needed.
@@ -59,6 +61,8 @@ class DataOptions:
     names: dict[str, str] = field(default_factory=dict)
     observations: list[str] = field(default_factory=list)
     control_hz: float | None = None
+    discrete: list[int] = field(default_factory=list)
+    discrete_scale: float = 1.0
     val_fraction: float = 0.02
     max_train_episodes: int | None = None
     in_memory: bool = True

@@ -109,8 +109,9 @@ class DenoisingPolicy(Policy, ABC):
         self.times = pick(TIMES, times, "times")
         self.solver = pick(SOLVERS, solver, "solver")
         self.prediction, self.min_time, self.eta, self.clip = prediction, min_time, eta, clip
+        self.fixed_steps: int | None = None
         self.register_buffer("grid", uniform_grid(steps, start), persistent=False)
-        self._check_grid()
+        self.check_grid(self.grid)
 
     grid: Tensor
 
@@ -125,10 +126,34 @@ class DenoisingPolicy(Policy, ABC):
         """Sample with K = `steps` from now on.
 
         Raises:
-            PolicyError: the network has not learnt the times that they lead to.
+            PolicyError: the network has not learnt the times that they lead to, or so many steps.
         """
+        if self.fixed_steps not in (None, steps):
+            raise PolicyError(
+                f"steps={steps}: this policy was distilled to {self.fixed_steps}: distill another one with steps={steps}"
+            )
         self.grid = uniform_grid(steps, self.grid[0].item()).to(self.grid.device)
-        self._check_grid()
+        self.check_grid(self.grid)
+
+    @final
+    def check_grid(self, grid: Tensor, options: str = "policy") -> None:
+        """Refuse a grid on which the network is asked what it has not learnt, or what its prediction cannot tell.
+
+        Raises:
+            PolicyError: naming the `start` and `steps` of the group `options` that make the grid.
+        """
+        first, last, steps = grid[0], grid[-2].item(), len(grid) - 1
+        # The times are rounded to float32: T steps end at the first of T knots, not a hair below it.
+        if last < self.min_time * (1 - 1e-6):
+            raise PolicyError(
+                f"{options}.steps={steps} from {options}.start={first:g} asks the network at t = {last:.3g}, "
+                f"but it is trained from t = {self.min_time:g} on: lower {options}.steps or raise {options}.start"
+            )
+        if self.prediction == "eps" and not self.path.alpha(first) > 0:
+            raise PolicyError(
+                f"policy.prediction=eps divides by alpha, which is 0 at {options}.start={first:g} of this path: "
+                f"set {options}.start=0.99 or choose another prediction"
+            )
 
     @final
     def encode(self, obs: Mapping[str, Tensor]) -> Features:
@@ -141,16 +166,23 @@ class DenoisingPolicy(Policy, ABC):
         return self._a_hat(x_t, t, self.network.embed_time(t), cond)
 
     @final
-    def denoise_on(self, grid: Tensor, cond: Features) -> Callable[[Tensor, int | Tensor], Tensor]:
+    def embed_grid(self, grid: Tensor) -> Features:
+        """What the network computes of a grid's times alone, for `denoise_on`."""
+        return self.network.embed_time(grid[:-1])
+
+    @final
+    def denoise_on(
+        self, grid: Tensor, cond: Features, embedded: Features | None = None
+    ) -> Callable[[Tensor, int | Tensor], Tensor]:
         """`denoise` at the times of a grid by index, one for all rows or one each [B].
 
-        All that depends on time alone is computed here, once.
+        All that depends on time alone is computed here, once, unless `embedded` holds it (`embed_grid`).
         """
-        embedded = self.network.embed_time(grid[:-1])
+        times = self.embed_grid(grid) if embedded is None else embedded
 
         def denoise(x_t: Tensor, k: int | Tensor) -> Tensor:
             # Not f[k] with a tensor, whose backward pass takes three times as long.
-            time = tuple(f.index_select(0, k.to(f.device)) if isinstance(k, Tensor) else f[k : k + 1] for f in embedded)
+            time = tuple(f.index_select(0, k.to(f.device)) if isinstance(k, Tensor) else f[k : k + 1] for f in times)
             return self._a_hat(x_t, grid[k], time, cond)
 
         return denoise
@@ -189,21 +221,6 @@ class DenoisingPolicy(Policy, ABC):
             raise PolicyError(f"noise must have shape {list(shape)}, got {list(noise.shape)}")
         denoise = self.denoise_on(self.grid, self.network.embed_observation(features))
         return self.solver(self.path, denoise, noise, self.grid, self.eta, generator)
-
-    def _check_grid(self) -> None:
-        """Refuse a grid on which the network is asked what it has not learnt, or what its prediction cannot tell."""
-        first, last, steps = self.grid[0], self.grid[-2].item(), len(self.grid) - 1
-        # The times are rounded to float32: T steps end at the first of T knots, not a hair below it.
-        if last < self.min_time * (1 - 1e-6):
-            raise PolicyError(
-                f"policy.steps={steps} from policy.start={first:g} asks the network at t = {last:.3g}, "
-                f"but it is trained from t = {self.min_time:g} on: lower policy.steps"
-            )
-        if self.prediction == "eps" and not self.path.alpha(first) > 0:
-            raise PolicyError(
-                f"policy.prediction=eps divides by alpha, which is 0 at policy.start={first:g} of this path: "
-                "set policy.start=0.99 or choose another prediction"
-            )
 
     def _a_hat(self, x_t: Tensor, t: Tensor, time: Features, cond: Features) -> Tensor:
         a_hat = self.to_clean(self.path, x_t, self.network(x_t, time, cond), t)

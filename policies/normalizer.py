@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, final
 
 import numpy as np
@@ -93,6 +93,18 @@ class Normalizer(nn.Module):
             scale, offset = pick(KINDS, kind, f"the normaliser of key '{key}'")(stats)
             self.scale(key).copy_(torch.from_numpy(scale).flatten())
             self.get_buffer(_name("offset", key)).copy_(torch.from_numpy(offset).flatten())
+
+    def fit_levels(
+        self, statistics: Mapping[str, KeyStatistics], key: str, channels: Sequence[int], level: float
+    ) -> None:
+        """Map the two values of some channels onto -level and level, whatever the kind of their key."""
+        stats, index = statistics[key], list(channels)
+        # A channel that never changes gets a width, or its two levels would be one apart from it.
+        half = np.maximum((stats.max - stats.min) / 2, 1e-3 * np.maximum(1.0, np.abs(stats.max)))
+        scale = torch.from_numpy(level / half).flatten()[index]
+        middle = torch.from_numpy((stats.max + stats.min) / 2).flatten()[index]
+        self.scale(key)[index] = scale.float()
+        self.get_buffer(_name("offset", key))[index] = (-middle * scale).float()
 
     def check(self) -> None:
         """Raise PolicyError unless every map is finite (fitted or loaded)."""

@@ -75,6 +75,11 @@ class Policy(nn.Module, ABC):
                 f"policy.relative_to={relative_to} is no observation of at most {spec.action_dim} numbers, as wide as "
                 f"the action; fitting: {', '.join(fitting) or 'none'}"
             )
+        if relative_to is not None and any(dim < widths[relative_to] for dim in spec.discrete):
+            raise PolicyError(
+                f"policy.relative_to={relative_to} covers the first {widths[relative_to]} action dimensions, of which "
+                f"discrete={list(spec.discrete)} names some: leave relative_to out"
+            )
         self.relative_to = relative_to
         self.normalizer = Normalizer({**widths, ACTION: spec.action_dim})
 
@@ -99,6 +104,8 @@ class Policy(nn.Module, ABC):
     def fit_normalizer(self, statistics: Mapping[str, KeyStatistics]) -> None:
         """Take the exact statistics of the training split, keyed as the observations and "action"."""
         self.normalizer.fit(statistics, self.normalizers)
+        if self.spec.discrete:
+            self.normalizer.fit_levels(statistics, ACTION, self.spec.discrete, self.spec.discrete_scale)
 
     @final
     def features(self, obs: Observation) -> Tensor:

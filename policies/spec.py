@@ -49,8 +49,13 @@ class ArraySpec:
 class PolicySpec:
     """The frozen contract stored in a checkpoint.
 
+    Attributes:
+        discrete: action dimensions that take one of two values, such as a gripper that is opened or closed.
+        discrete_scale: these two are -discrete_scale and discrete_scale to the network, in (0, 1]; below 1 they are
+            decided late in the denoising, and a chunk that starts from an earlier one can still change them.
+
     Raises:
-        PolicyError: if To - 1 + Ta > Tp, or a size or the control rate is not positive.
+        PolicyError: if To - 1 + Ta > Tp, a size or the control rate is not positive, or there is no such dimension.
     """
 
     observations: Mapping[str, ArraySpec]
@@ -59,6 +64,8 @@ class PolicySpec:
     prediction_steps: int
     execution_steps: int
     control_hz: float
+    discrete: tuple[int, ...] = ()
+    discrete_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.observations:
@@ -73,6 +80,7 @@ class PolicySpec:
                 f"observation_steps - 1 + execution_steps must not exceed prediction_steps, got "
                 f"{self.observation_steps} - 1 + {self.execution_steps} > {self.prediction_steps}"
             )
+        self._check_discrete()
 
     @property
     def executed(self) -> slice:
@@ -82,7 +90,7 @@ class PolicySpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, for YAML and JSON."""
-        data = asdict(self)
+        data = {**asdict(self), "discrete": list(self.discrete)}
         for array in data["observations"].values():
             array["shape"] = list(array["shape"])
         return data
@@ -91,7 +99,9 @@ class PolicySpec:
     def from_dict(data: Mapping[str, Any]) -> PolicySpec:
         """Inverse of `to_dict`."""
         observations = {key: ArraySpec(tuple(a["shape"]), a["dtype"]) for key, a in data["observations"].items()}
-        return PolicySpec(**{**data, "observations": observations})
+        # Specs of earlier versions name no discrete dimensions.
+        discrete = tuple(data.get("discrete", ()))
+        return PolicySpec(**{**data, "observations": observations, "discrete": discrete})
 
     def check(self, observations: Mapping[str, ArraySpec], action_dim: int, control_hz: float, other: str) -> None:
         """Refuse a task or robot named `other` that does not offer what this policy needs.
@@ -108,3 +118,10 @@ class PolicySpec:
             raise PolicyError(f"the policy has {self.action_dim} action dimensions, {other} has {action_dim}")
         if abs(control_hz - self.control_hz) > 1e-6 * self.control_hz:
             raise PolicyError(f"the policy runs at {self.control_hz:g} Hz, {other} at {control_hz:g} Hz")
+
+    def _check_discrete(self) -> None:
+        dims = self.discrete
+        if len(set(dims)) < len(dims) or not set(dims) <= set(range(self.action_dim)):
+            raise PolicyError(f"discrete={list(dims)} must name different dimensions from 0 to {self.action_dim - 1}")
+        if not 0 < self.discrete_scale <= 1:
+            raise PolicyError(f"discrete_scale must be in (0, 1], got {self.discrete_scale:g}")

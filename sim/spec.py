@@ -16,7 +16,7 @@ class TaskSpec:
 
     Actions are in the task's physical units, within `action_low` and `action_high` (each Da long). `zero_holds` says
     that an action of 0 keeps the robot where it is, as with displacements and velocities; where actions are targets,
-    repeating one does.
+    repeating one does. `discrete` names action dimensions that take one of two values, such as a gripper's.
     """
 
     name: str
@@ -27,3 +27,4 @@ class TaskSpec:
     control_hz: float
     max_episode_steps: int
     zero_holds: bool = False
+    discrete: tuple[int, ...] = ()

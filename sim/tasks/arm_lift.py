@@ -88,6 +88,7 @@ class ArmLift(MujocoTask):
         action_high=(*JOINT_HIGH, 1.0),
         control_hz=20.0,
         max_episode_steps=200,
+        discrete=(JOINTS,),
     )
 
     def load(self) -> Any:

@@ -82,6 +82,7 @@ class RobosuiteTask(Task, ABC):
             control_hz=control_hz,
             max_episode_steps=400,
             zero_holds=True,
+            discrete=(6,),
         )
 
     @final

@@ -44,6 +44,17 @@ NO_TASK = ("task=none", "data.control_hz=10")
             2,
             "data.observations does nothing for task 'pusht', which brings its own: leave it out or set task=none",
         ),
+        (
+            ["data.discrete=[1]"],
+            2,
+            "data.discrete does nothing for task 'pusht', which brings its own: leave it out or set task=none",
+        ),
+        (
+            [*NO_TASK, "data.observations=[state]", "data.discrete=[2]"],
+            1,
+            "discrete=[2] must name different dimensions from 0 to 1",
+        ),
+        (["data.discrete_scale=0"], 1, "discrete_scale must be in (0, 1], got 0"),
         (["horizon.execution_steps=0"], 1, "execution_steps must be at least 1, got 0"),
         (
             [*NO_TASK, "data.observations=[state,action]"],

@@ -86,6 +86,12 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
+def make_statistics() -> Callable[..., dict[str, Any]]:
+    """Samples [N, ...] by key -> their statistics."""
+    return _statistics
+
+
+@pytest.fixture
 def make_policy() -> Callable[..., Policy]:
     """Family, seed -> a small policy with a fitted normaliser."""
     return _make_policy

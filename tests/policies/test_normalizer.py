@@ -56,6 +56,20 @@ def test_identity_changes_nothing() -> None:
     assert torch.equal(fitted("identity", VALUES).normalize("x", x), x)
 
 
+def test_the_two_values_of_a_discrete_channel_are_levels_of_whatever_kind() -> None:
+    values = np.array([[1.0, 0.08, 3.0], [2.0, 0.0, 3.0], [4.0, 0.08, 3.0]])
+    normalizer = fitted("mean_std", values)
+    before = normalizer.normalize("x", torch.tensor(values).float())
+    normalizer.fit_levels({"x": stats(values)}, "x", [1, 2], 0.5)
+    out = normalizer.normalize("x", torch.tensor(values).float())
+    torch.testing.assert_close(out[:, 1], torch.tensor([0.5, -0.5, 0.5]))
+    assert torch.equal(out[:, 0], before[:, 0])
+    # What never changes is in the middle of two levels that mean nearly the same.
+    assert out[:, 2].tolist() == [0.0, 0.0, 0.0]
+    levels = normalizer.unnormalize("x", torch.tensor([[0.0, 0.0, -0.5], [0.0, 0.0, 0.5]]))[:, 2]
+    torch.testing.assert_close(levels, torch.tensor([2.997, 3.003]))
+
+
 @pytest.mark.parametrize("kind", ["min_max", "mean_std", "identity"])
 @given(values=hnp.arrays(np.float64, (7, 3), elements=st.floats(-1000, 1000, width=32)))
 def test_round_trip(kind: str, values: F64) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -185,6 +186,32 @@ def test_spec_round_trip_and_refusals() -> None:
         PolicySpec({}, 2, 2, 16, 8, 10.0)
     with pytest.raises(PolicyError, match="control_hz must be positive, got 0"):
         PolicySpec({"x": ArraySpec((1,))}, 2, 2, 16, 8, 0.0)
+
+
+def test_discrete_dimensions_are_named_in_the_spec() -> None:
+    spec = PolicySpec({"x": ArraySpec((3,))}, 7, 1, 4, 4, 10.0, discrete=(6,), discrete_scale=0.1)
+    stored = spec.to_dict()
+    assert (stored["discrete"], stored["discrete_scale"]) == ([6], 0.1)
+    assert PolicySpec.from_dict(stored) == spec
+    # As checkpoints of earlier versions store it.
+    del stored["discrete"], stored["discrete_scale"]
+    assert PolicySpec.from_dict(stored) == replace(spec, discrete=(), discrete_scale=1.0)
+    for dims in ((7,), (-1,), (6, 6)):
+        with pytest.raises(PolicyError, match=r"discrete=.* must name different dimensions from 0 to 6"):
+            replace(spec, discrete=dims)
+    for scale in (0.0, 1.5):
+        with pytest.raises(PolicyError, match=rf"discrete_scale must be in \(0, 1\], got {scale:g}"):
+            replace(spec, discrete_scale=scale)
+
+
+def test_a_gripper_is_two_values_to_the_network(make_statistics: Callable[..., Any]) -> None:
+    spec = replace(WITH_POSITION, discrete=(2,), discrete_scale=0.1)
+    policy = FlowPolicy(spec, LowDim, partial(ResidualMLP, hidden=8), normalizers={"action": "mean_std"}, clip=None)
+    actions = torch.tensor([[0.0, 1.0, -1.0], [2.0, 3.0, 1.0], [4.0, 5.0, 1.0]])
+    policy.fit_normalizer(make_statistics(position=torch.randn(5, 2), goal=torch.randn(5, 4), action=actions))
+    assert policy.normalizer.normalize("action", actions)[:, 2].tolist() == pytest.approx([-0.1, 0.1, 0.1])
+    with pytest.raises(PolicyError, match=r"relative_to=position covers the first 2 .* of which discrete=\[1\] names"):
+        FlowPolicy(replace(spec, discrete=(1,)), LowDim, ResidualMLP, relative_to="position")
 
 
 @pytest.mark.parametrize(

@@ -119,3 +119,8 @@ def test_a_package_that_cannot_be_imported_says_why(tmp_path, monkeypatch):
         SimError, match=r"cannot be imported \(AttributeError: no glGetError\); MUJOCO_GL=egl is set: unset"
     ):
         optional_module("broken_simulator", "nosim")
+
+
+def test_grippers_are_named_as_discrete():
+    for task in (ArmLift(), Can(), Lift(), Square()):
+        assert task.spec.discrete == (task.spec.action_dim - 1,), task.spec.name
