@@ -1,0 +1,121 @@
+"""`flowsteer bench finetune`: one table and one plot of several fine-tuned runs, beside what they started from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+from omegaconf import DictConfig
+
+from flowsteer.cli.bench import benchmark
+from flowsteer.cli.errors import UsageError, unknown
+from flowsteer.cli.finetuning import CLONED
+from flowsteer.cli.judged_runs import (
+    SCORES,
+    Run,
+    by_step,
+    check_runs,
+    grouped,
+    judged,
+    plot_curves,
+    spread,
+    target_name,
+)
+from flowsteer.policies.checkpoint import read_config
+
+ALIKE = ("task", "algo", "policy", "start")
+"""Runs that differ in none of them differ in their seed."""
+
+
+@final
+@dataclass
+class FinetuneBenchmark:
+    """What to gather.
+
+    Attributes:
+        runs: run folders of `flowsteer finetune`.
+        judged: the folder of the evaluation within each run, and within the runs that they started from.
+        score: "success", "max_reward" or "return".
+        name: of the files to write.
+        out: where to write them.
+    """
+
+    runs: list[str] = field(default_factory=list)
+    judged: str = "eval-100x10000"
+    score: str = "success"
+    name: str = "finetune"
+    out: str | None = None
+
+
+def gather(config: DictConfig) -> dict[str, Any]:
+    """`rows`: an algorithm on a policy each, over the seeds; `runs`: a run each, with its curve."""
+    if config.score not in SCORES:
+        raise unknown("score", config.score, SCORES)
+    runs = [_run(folder, config.judged) for folder in check_runs(config.runs)]
+    rows = [_row(group, config.score) for group in grouped(runs, *ALIKE)]
+    return {"rows": rows, "score": config.score, "runs": runs}
+
+
+def _run(folder: Path, evaluation: str) -> Run:
+    """What a run was, how it was judged, and how what it started from was."""
+    stored = read_config(folder)
+    if CLONED not in stored:
+        raise UsageError(f"{folder} is not a run of flowsteer finetune: gather it with flowsteer bench cloning")
+    config, after, metrics = stored["finetune"], judged(folder, evaluation), by_step(folder)
+    start = config["checkpoint"]
+    before = None if start is None else judged(Path(start), evaluation)
+    spent = [row["time/collect_s"] + row["time/update_s"] for row in metrics if "time/collect_s" in row]
+    return {
+        "task": after["task"],
+        "algo": target_name(config["algo"]),
+        "policy": target_name(stored[CLONED]),
+        "start": start,
+        "seed": config["seed"],
+        "env_steps": metrics[-1]["step"],
+        "minutes": sum(spent) / 60,
+        "episodes": after["episodes"],
+        "before": before and {name: before[name] for name in SCORES},
+        "after": {name: after[name] for name in SCORES},
+        "curve": [_point(row) for row in metrics if "eval/success" in row],
+    }
+
+
+def _point(row: Mapping[str, float]) -> dict[str, float]:
+    """An evaluation during the run."""
+    return {"env_steps": row["step"], **{name: row[f"eval/{name}"] for name in SCORES}}
+
+
+def _row(runs: list[Run], score: str) -> dict[str, Any]:
+    """Runs that differ in their seed."""
+    first, before = runs[0], runs[0]["before"]
+    return {
+        **{name: first[name] for name in ("task", "algo", "policy")},
+        "seeds": len(runs),
+        "env_steps": float(np.mean([run["env_steps"] for run in runs])),
+        "minutes": float(np.mean([run["minutes"] for run in runs])),
+        "before": before and before[score]["mean"],
+        score: spread([run["after"][score]["mean"] for run in runs]),
+    }
+
+
+def plot(result: Mapping[str, Any], file: Path) -> None:
+    """The evaluations during the runs, against env steps."""
+    groups = {_label(runs[0]): runs for runs in grouped(result["runs"], *ALIKE)}
+    plot_curves(groups, "env_steps", [result["score"]], "env steps", file)
+
+
+def _label(run: Run) -> str:
+    start = "" if run["start"] is None else f" from {Path(run['start']).name}"
+    return f"{run['task']}: {run['algo']}, {run['policy']}{start}"
+
+
+main = benchmark(
+    "finetune",
+    "Gather judged runs of flowsteer finetune into one table and one plot.",
+    FinetuneBenchmark,
+    gather,
+    plot,
+)

@@ -1,0 +1,87 @@
+"""Fine-tuned runs in one table: hand-made run folders in, hand-computed rows out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flowsteer.cli.main import main
+from flowsteer.policies.spec import ArraySpec, PolicySpec
+
+SPEC = PolicySpec({"state": ArraySpec((3,))}, 2, 2, 8, 4, 10.0).to_dict()
+FLOW = {"_target_": "flowsteer.policies.x.FlowPolicy"}
+
+
+def judge(folder: Path, success: float) -> None:
+    scores = {name: {"mean": success, "low": 0.0, "high": 1.0} for name in ("success", "max_reward")}
+    scores["return"] = {"mean": 100 * success, "low": 0.0, "high": 100.0}
+    (folder / "eval-5x0").mkdir()
+    (folder / "eval-5x0" / "eval.json").write_text(json.dumps({"task": "arm_lift", "episodes": 5, **scores}))
+
+
+def make_run(folder: Path, seed: int, success: float, start: Path | None) -> Path:
+    folder.mkdir()
+    (folder / "policy.safetensors").write_bytes(b"")
+    options = {
+        "seed": seed,
+        "checkpoint": start and str(start),
+        "algo": {"_target_": "flowsteer.rl_finetune.dppo.DPPO"},
+    }
+    config = {"format": 1, "policy": FLOW, "cloned_policy": FLOW, "spec": SPEC, "finetune": options}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    times = {"time/collect_s": 40.0, "time/update_s": 20.0}
+    scores = {"eval/success": 0.25, "eval/max_reward": 0.5, "eval/return": 7.0}
+    rows = [{"step": 0, **scores}, {"step": 500, **times}, {"step": 900 + seed * 200, **times}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judge(folder, success)
+    return folder
+
+
+def bench(out: Path, *options: str) -> int:
+    return main(["bench", "finetune", "judged=eval-5x0", f"out={out}", *options])
+
+
+def test_runs_are_summarised_beside_what_they_started_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    judge(base, 0.3)
+    runs = [make_run(tmp_path / f"run{seed}", seed, success, base) for seed, success in ((0, 0.8), (1, 1.0))]
+    runs.append(make_run(tmp_path / "fresh", 0, 0.5, None))
+    chosen = ",".join(map(str, runs))
+    assert bench(tmp_path / "out", f"runs=[{chosen}]", "name=arm") == 0
+    result = json.loads((tmp_path / "out" / "arm.json").read_text())
+    tuned, fresh = result["rows"]
+    assert (tuned["algo"], tuned["policy"], tuned["seeds"]) == ("DPPO", "FlowPolicy", 2)
+    assert tuned["before"] == 0.3
+    assert tuned["success"] == pytest.approx({"mean": 0.9, "lowest": 0.8, "highest": 1.0})
+    assert tuned["env_steps"] == 1000
+    assert tuned["minutes"] == 2.0
+    assert fresh["before"] is None
+    first = result["runs"][0]
+    assert first["curve"] == [{"env_steps": 0, "success": 0.25, "max_reward": 0.5, "return": 7.0}]
+    assert (tmp_path / "out" / "arm.png").stat().st_size > 0
+    assert "DPPO" in capsys.readouterr().out
+
+
+def test_another_score(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 0, 0.8, None)
+    assert bench(tmp_path / "out", f"runs=[{run}]", "score=return") == 0
+    (row,) = json.loads((tmp_path / "out" / "finetune.json").read_text())["rows"]
+    assert row["return"]["mean"] == pytest.approx(80.0)
+
+
+def test_what_cannot_be_gathered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = tmp_path / "base"
+    run = make_run(tmp_path / "run", 0, 0.8, base)
+    assert bench(tmp_path / "out", f"runs=[{run}]", "score=sucess") == 2
+    assert "score 'sucess' is unknown; nearest: success" in capsys.readouterr().err
+    assert bench(tmp_path / "out", f"runs=[{run}]") == 2
+    assert f"make it with flowsteer eval checkpoint={base}" in capsys.readouterr().err
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({k: v for k, v in config.items() if k != "cloned_policy"}))
+    assert bench(tmp_path / "out", f"runs=[{run}]") == 2
+    assert f"{run} is not a run of flowsteer finetune" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
