@@ -66,7 +66,7 @@ def save_checkpoint(
         if trainer is not None:
             save_file({k: v.contiguous() for k, v in trainer.tensors.items()}, temporary / TRAINER)
             (temporary / TRAINER_JSON).write_text(json.dumps(trainer.values, indent=1))
-        _sync(temporary)
+        _sync(*temporary.iterdir(), temporary)
         temporary.rename(folder)
     except SafetensorError as error:
         # Safetensors' name for whatever the file system refuses.
@@ -126,6 +126,18 @@ def read_config(path: Path) -> dict[str, Any]:
         raise PolicyError(f"{file} is not a checkpoint of format {FORMAT}: it was written by another version")
     _check_complete(config, file)
     return config
+
+
+def write_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Replace the configuration of a checkpoint or run folder; a kill at any moment leaves the old one or the new."""
+    file = resolve(path) / CONFIG
+    temporary = file.with_name(f".{CONFIG}.{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.write_text(yaml.safe_dump(dict(config), sort_keys=False))
+        _sync(temporary)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _check_complete(config: Mapping[str, Any], file: Path) -> None:
@@ -205,9 +217,9 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def _sync(folder: Path) -> None:
-    """Push the files to the disk before the rename, so that a power cut cannot leave a whole name on half a file."""
-    for path in (*folder.iterdir(), folder):
+def _sync(*paths: Path) -> None:
+    """Push files to the disk before the rename, so that a power cut cannot leave a whole name on half a file."""
+    for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)

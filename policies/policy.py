@@ -16,7 +16,7 @@ from flowsteer.policies.encoders.base import EncoderFactory
 from flowsteer.policies.errors import PolicyError
 from flowsteer.policies.normalizer import KINDS, KeyStatistics, Normalizer
 from flowsteer.policies.samplers import Generators
-from flowsteer.policies.spec import ArraySpec, PolicySpec, configurable
+from flowsteer.policies.spec import PolicySpec, configurable
 
 if TYPE_CHECKING:
     from flowsteer.policies.engine import Engine
@@ -114,9 +114,29 @@ class Policy(nn.Module, ABC):
         Raises:
             PolicyError: a key is missing or has another shape than the spec's, or an image is not uint8.
         """
-        normalized = {key: self._normalized(key, array, obs) for key, array in self.spec.observations.items()}
-        features: Tensor = self.encoder(normalized)
+        features: Tensor = self.encoder({key: self.normalized(key, obs) for key in self.spec.observations})
         return features
+
+    @final
+    def normalized(self, key: str, obs: Observation) -> Tensor:
+        """An observation [B, To, ...] in network units, images as they are.
+
+        Raises:
+            PolicyError: it is missing or has another shape than the spec's, or an image is not uint8.
+        """
+        array = self.spec.observations[key]
+        if key not in obs:
+            raise PolicyError(f"observation '{key}' is missing; got {sorted(obs)}")
+        value = obs[key]
+        wanted = (self.spec.observation_steps, *array.shape)
+        if tuple(value.shape[1:]) != wanted:
+            sizes = ", ".join(map(str, wanted))
+            raise PolicyError(f"observation '{key}' must have shape [B, {sizes}], got {list(value.shape)}")
+        if array.dtype != "uint8":
+            return self.normalizer.normalize(key, value)
+        if value.dtype != torch.uint8:
+            raise PolicyError(f"observation '{key}' must be uint8 (0 to 255), got {value.dtype}")
+        return value
 
     @final
     def relative(self, action: Tensor, obs: Observation) -> Tensor:
@@ -170,17 +190,3 @@ class Policy(nn.Module, ABC):
             return 0.0
         last = obs[self.relative_to][:, -1].flatten(1)
         return functional.pad(last, (0, self.spec.action_dim - last.shape[1]))[:, None]
-
-    def _normalized(self, key: str, array: ArraySpec, obs: Observation) -> Tensor:
-        if key not in obs:
-            raise PolicyError(f"observation '{key}' is missing; got {sorted(obs)}")
-        value = obs[key]
-        wanted = (self.spec.observation_steps, *array.shape)
-        if tuple(value.shape[1:]) != wanted:
-            sizes = ", ".join(map(str, wanted))
-            raise PolicyError(f"observation '{key}' must have shape [B, {sizes}], got {list(value.shape)}")
-        if array.dtype != "uint8":
-            return self.normalizer.normalize(key, value)
-        if value.dtype != torch.uint8:
-            raise PolicyError(f"observation '{key}' must be uint8 (0 to 255), got {value.dtype}")
-        return value

@@ -91,6 +91,8 @@ class PolicySpec:
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, for YAML and JSON."""
         data = {**asdict(self), "discrete": list(self.discrete)}
+        # Last comes what no version lacks: of a file that is cut off it is missed.
+        data["control_hz"] = data.pop("control_hz")
         for array in data["observations"].values():
             array["shape"] = list(array["shape"])
         return data

@@ -6,7 +6,7 @@ Dimension letters: B environments, To observed, Tp predicted, Ta executed steps,
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, final
 
@@ -36,6 +36,18 @@ class ActingPolicy(Protocol):
         """Observations {key: [B, To, ...]} -> whole chunks [B, Tp, Da], both in physical units."""
 
 
+class Executor(Protocol):
+    """What decides in a policy's place and may remember what it decided for each environment before."""
+
+    def decide(
+        self, obs: Observation, *, executed: Tensor, rows: Tensor, generator: Sequence[torch.Generator]
+    ) -> Tensor:
+        """Observations {key: [n, To, ...]} of the environments `rows` [n] -> whole chunks [n, Tp, Da].
+
+        executed: [n] env steps since each one's last decision, 0 at the first of an episode.
+        """
+
+
 @final
 @dataclass
 class Episode:
@@ -62,6 +74,8 @@ class Evaluation:
     """Every episode of an evaluation in order of the seeds; means leave out the lost ones.
 
     decision_s: wall time of each batched decision, and `decision_batch` its largest batch.
+    execution: the name of the way in which chunks are decided on, and `execution_options` what it was told.
+    network_evaluations: per decision, in the mean; None where nobody counted.
     """
 
     task: str
@@ -71,6 +85,9 @@ class Evaluation:
     decision_s: list[float]
     decision_batch: int
     wall_s: float
+    execution: str = "sync"
+    execution_options: Mapping[str, float | bool] = field(default_factory=dict)
+    network_evaluations: float | None = None
 
     @property
     def kept(self) -> list[Episode]:
@@ -93,6 +110,11 @@ class Evaluation:
         return bootstrap(np.array([episode.max_reward for episode in self.kept]))
 
     @property
+    def decisions(self) -> int:
+        """Chunks that were decided on, those of lost episodes included."""
+        return sum(len(episode.decisions) for episode in self.episodes)
+
+    @property
     def env_steps(self) -> int:
         """Executed control steps, those of lost episodes included."""
         return sum(episode.length for episode in self.episodes)
@@ -109,6 +131,7 @@ def evaluate(
     episodes: int,
     seed: int,
     delay_steps: int = 0,
+    executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Run `episodes` episodes with the seeds `seed`, `seed + 1`, ...
@@ -123,6 +146,7 @@ def evaluate(
         seed: of the first episode.
         delay_steps: simulated inference delay k: a chunk takes effect k env steps after its observation, until then
             the previous chunk goes on. The robot waits for the first chunk of an episode.
+        executor: decides in the policy's place.
         progress: called after every episode, in the order in which they end.
 
     Raises:
@@ -134,7 +158,7 @@ def evaluate(
     if env.observation_steps != spec.observation_steps:
         raise SimError(f"the policy observes {spec.observation_steps} steps, the environments {env.observation_steps}")
     check_episodes(episodes, seed)
-    run = _Run(policy, env, _Plan(spec, env.num_envs, delay_steps), progress)
+    run = _Run(_decider(policy, executor), env, _Plan(spec, env.num_envs, delay_steps), progress)
     started = time.perf_counter()
     obs = env.reset(range(seed, seed + episodes))
     while any(s != IDLE for s in env.seeds):
@@ -142,6 +166,18 @@ def evaluate(
     ended = [run.episodes[s] for s in range(seed, seed + episodes)]
     wall_s = time.perf_counter() - started
     return Evaluation(env.spec.name, ended, spec, delay_steps, run.decision_s, run.decision_batch, wall_s)
+
+
+Decide = Callable[[Observation, Tensor, Tensor, Sequence[torch.Generator]], Tensor]
+"""Observations, environments [n], env steps since their last decisions [n], generators -> chunks [n, Tp, Da]."""
+
+
+def _decider(policy: ActingPolicy, executor: Executor | None) -> Decide:
+    if executor is None:
+        return lambda obs, rows, executed, generators: policy.predict(obs, generator=generators)
+    return lambda obs, rows, executed, generators: executor.decide(
+        obs, executed=executed, rows=rows, generator=generators
+    )
 
 
 @final
@@ -176,9 +212,10 @@ class _Plan:
 class _Run:
     """The loop's state: which episode each environment is in, and all episodes by seed."""
 
-    def __init__(self, policy: ActingPolicy, env: VecEnv, plan: _Plan, progress: Progress | None) -> None:
-        self._policy, self._env, self._plan, self._progress = policy, env, plan, progress
+    def __init__(self, decide: Decide, env: VecEnv, plan: _Plan, progress: Progress | None) -> None:
+        self._decider, self._env, self._plan, self._progress = decide, env, plan, progress
         self._generators: dict[int, torch.Generator] = {}
+        self._executed = torch.zeros(env.num_envs, dtype=torch.int64)
         self.episodes: dict[int, Episode] = {}
         self.decision_s: list[float] = []
         self.decision_batch = 0
@@ -188,10 +225,13 @@ class _Run:
         seeds = self._env.seeds
         rows = torch.tensor([i for i, seed in enumerate(seeds) if seed != IDLE])
         running = [self._episode(seeds[i]) for i in rows.tolist()]
-        chunks = self._predict({key: value[rows.to(value.device)] for key, value in obs.items()}, running)
         fresh = torch.tensor([episode.length == 0 for episode in running])
+        executed = torch.where(fresh, 0, self._executed[rows])
+        seen = {key: value[rows.to(value.device)] for key, value in obs.items()}
+        chunks = self._predict(seen, rows, executed, running)
         actions = self._plan.update(rows, chunks, fresh)
         result = self._env.step_chunk(actions.to(self._env.device))
+        self._executed = result.info["env_steps"].cpu()
         for i, episode, chunk in zip(rows.tolist(), running, chunks.numpy(), strict=True):
             self._record(episode, chunk, actions[i].numpy(), result, i)
         return result.obs
@@ -202,10 +242,10 @@ class _Run:
             self._generators[seed] = torch.Generator().manual_seed(seed)
         return self.episodes[seed]
 
-    def _predict(self, obs: Observation, running: Sequence[Episode]) -> Tensor:
+    def _predict(self, obs: Observation, rows: Tensor, executed: Tensor, running: Sequence[Episode]) -> Tensor:
         generators = [self._generators[episode.seed] for episode in running]
         started = time.perf_counter()
-        chunks = self._policy.predict(obs, generator=generators).float().cpu()
+        chunks = self._decider(obs, rows, executed, generators).float().cpu()
         self.decision_s.append(time.perf_counter() - started)
         self.decision_batch = max(self.decision_batch, len(running))
         return chunks

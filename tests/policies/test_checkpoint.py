@@ -18,7 +18,16 @@ import torch
 import yaml
 
 from flowsteer.policies import checkpoint
-from flowsteer.policies.checkpoint import TrainerState, link, load_policy, prune, resolve, save_checkpoint
+from flowsteer.policies.checkpoint import (
+    TrainerState,
+    link,
+    load_policy,
+    prune,
+    read_config,
+    resolve,
+    save_checkpoint,
+    write_config,
+)
 from flowsteer.policies.errors import PolicyError
 from flowsteer.policies.policy import Policy
 
@@ -187,3 +196,21 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path, make_pol
 def test_trainer_values_are_plain_json(tmp_path: Path, make_policy: Make, describe: Describe) -> None:
     folder = save(tmp_path / "c", make_policy("flow"), describe("flow"))
     assert json.loads((folder / "trainer.json").read_text()) == {"step": 3}
+
+
+def test_a_config_is_replaced_whole_or_not_at_all(
+    tmp_path: Path, make_policy: Make, describe: Describe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(tmp_path / "c", make_policy("flow"), describe("flow"))
+    before, files = read_config(folder), sorted(path.name for path in folder.iterdir())
+    write_config(folder, {**before, "rti": {8: {"start": 0.5}}})
+    assert read_config(folder) == {**before, "rti": {8: {"start": 0.5}}}
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_config(folder, before)
+    assert read_config(folder)["rti"] == {8: {"start": 0.5}}
+    assert sorted(path.name for path in folder.iterdir()) == files

@@ -74,6 +74,28 @@ def run(num_envs, episodes=7, policy=None, task=None):
         return evaluate(policy or Noisy(), env, episodes=episodes, seed=100)
 
 
+class Remembering:
+    """Decides 100 (executed steps) + row, and notes whom it decided for."""
+
+    def __init__(self):
+        self.asked = []
+
+    def decide(self, obs, *, executed, rows, generator):
+        assert len(generator) == len(rows) == len(executed) == len(obs["count"])
+        self.asked.append((rows.tolist(), executed.tolist()))
+        return (100 * executed[:, None] + torch.arange(4.0))[..., None]
+
+
+def test_an_executor_knows_the_rows_and_what_was_executed_of_each():
+    executor = Remembering()
+    with gym(Counting(lengths={0: 4, 1: 20, 2: 2}, limit=7), 2, 2) as env:
+        result = evaluate(Telling(2, 4, 3), env, episodes=3, seed=0, executor=executor)
+    # Seed 2 begins in row 0 where seed 0 has ended after a fourth step, and ends inside its first chunk.
+    assert executor.asked == [([0, 1], [0, 0]), ([0, 1], [3, 3]), ([0, 1], [0, 3])]
+    assert [action.item() for action in result.episodes[1].actions] == [1, 2, 3, 301, 302, 303, 301]
+    assert result.decisions == 6
+
+
 def told(result):
     rows = [(e.seed, e.success, e.reward_sum, e.max_reward, e.length, e.terminated) for e in result.episodes]
     chunks = [(at, chunk.tolist()) for e in result.episodes for at, chunk in e.decisions]
