@@ -1,4 +1,4 @@
-"""Behaviour cloning: one loop for every policy family.
+"""Behaviour cloning: one loop for every policy family, and for whatever else a policy learns from batches.
 
 The loop owns the weights, their average, the optimiser and the random numbers. Batches, the log and the evaluation
 in simulation come in as arguments, so nothing here knows of data sets or simulators.
@@ -53,6 +53,25 @@ class Log(Protocol):
         """Record values by name at an optimiser step."""
 
 
+class Objective(Protocol):
+    """What is descended, a module: a policy's own loss, or another one of the policy."""
+
+    def draw(self, batch_size: int, generator: torch.Generator | None = None) -> Draws:
+        """The random numbers of one evaluation, each [B, ...] on the CPU."""
+
+    def loss(self, batch: Batch, draws: Draws | None = None) -> Loss:
+        """Of a batch in physical units; also what the module's `forward` is."""
+
+
+Objectives = Callable[[Policy, Policy], Objective]
+"""A policy and its average (twice the average, to validate that) -> what is descended."""
+
+
+def own_loss(policy: Policy, average: Policy) -> Objective:
+    """Behaviour cloning: the policy's own loss."""
+    return policy
+
+
 OPTIMIZER = "optimizer."
 """Prefix of the optimiser's tensors in a checkpoint."""
 AGREE_EVERY = 10
@@ -89,6 +108,7 @@ class Cloning:
         accelerator: devices and processes; defaults to one process on the CPU or the first GPU.
         folder: the run folder; None keeps nothing.
         describe: "policy", "spec" and whatever else a checkpoint's config.yaml is to hold.
+        objective: what is descended, behaviour cloning unless told.
 
     Raises:
         PolicyError: the normaliser is not fitted, or `config.compile` where nothing can be compiled.
@@ -105,6 +125,7 @@ class Cloning:
         accelerator: Accelerator | None = None,
         folder: Path | None = None,
         describe: Mapping[str, Any] | None = None,
+        objective: Objectives = own_loss,
     ) -> None:
         policy.normalizer.check()
         self.accelerator = accelerator or Accelerator()
@@ -117,7 +138,8 @@ class Cloning:
         self.seed, self.noise = seed, torch.Generator().manual_seed(seed)
         self.dtype = choose_dtype(config.precision, self.device)
         self.progress = Progress()
-        model: nn.Module = self.accelerator.prepare(self.policy)
+        self.objective, self.judged = objective(self.policy, self.ema.average), objective(*2 * [self.ema.average])
+        model: nn.Module = self.accelerator.prepare(self.objective)
         self.model: Callable[[Batch, Draws], Loss] = compiled(model, self.device) if config.compile else model
 
     def train(
@@ -168,7 +190,7 @@ class Cloning:
         total, rows = 0.0, 0
         for batch in batches:
             size = len(batch["action"])
-            loss = self.ema.average.loss(self._to_device(batch), self.ema.average.draw(size, noise))
+            loss = self.judged.loss(self._to_device(batch), self.judged.draw(size, noise))
             total, rows = total + loss.total.item() * size, rows + size
         return total / rows
 
@@ -312,7 +334,7 @@ class Cloning:
         """This process's slice of the draws of the global batch, the same for any number of processes."""
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         rows = self.batch_size // processes
-        draws = self.policy.draw(self.batch_size, self.noise)
+        draws = self.objective.draw(self.batch_size, self.noise)
         return tuple(draw[rank * rows : (rank + 1) * rows] for draw in draws)
 
     def _to_device(self, batch: Batch) -> dict[str, Any]:

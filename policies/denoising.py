@@ -130,7 +130,8 @@ class DenoisingPolicy(Policy, ABC):
         """
         if self.fixed_steps not in (None, steps):
             raise PolicyError(
-                f"steps={steps}: this policy was distilled to {self.fixed_steps}: distill another one with steps={steps}"
+                f"steps={steps}: this policy was distilled to {self.fixed_steps}, "
+                f"distill another one with steps={steps}"
             )
         self.grid = uniform_grid(steps, self.grid[0].item()).to(self.grid.device)
         self.check_grid(self.grid)

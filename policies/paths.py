@@ -92,7 +92,7 @@ class VariancePreservingPath(Path):
         super().__init__()
         if train_steps < 1:
             raise PolicyError(f"train_steps must be at least 1, got {train_steps}")
-        self.train_steps = train_steps
+        self.betas, self.train_steps = betas, train_steps
         steps = torch.log1p(-betas(train_steps))
         log_alpha_bar = torch.cat([torch.zeros(1, dtype=torch.float64), steps.cumsum(0)])
         # Tables follow from the config, so they are not part of the weights. Slopes per unit of t.

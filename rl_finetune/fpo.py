@@ -13,12 +13,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from flowsteer.policies.choices import pick
+from flowsteer.policies.consistency import ConsistencyPolicy
 from flowsteer.policies.denoising import DenoisingPolicy
 from flowsteer.policies.networks.base import Features
 from flowsteer.policies.paths import expand
 from flowsteer.policies.policy import Observation, Policy
 from flowsteer.policies.samplers import randn
 from flowsteer.rl_finetune.algorithm import Algorithm, Explored, Memory, Step, check_options, denoising
+from flowsteer.rl_finetune.errors import FinetuneError
 from flowsteer.rl_finetune.trust_region import REDUCTIONS, SURROGATES, clamp_through
 
 
@@ -62,6 +64,11 @@ class FPO(Algorithm):
         train_encoder: bool = False,
     ) -> None:
         super().__init__(policy, train_encoder)
+        if isinstance(policy, ConsistencyPolicy):
+            raise FinetuneError(
+                "algo=fpo needs a denoising loss, which a ConsistencyPolicy has not: "
+                "fine-tune its teacher, or it with algo=dppo"
+            )
         denoising(policy, "fpo")
         check_options(
             ("pairs", pairs >= 1, "at least 1", pairs),
