@@ -11,6 +11,8 @@ from rich.table import Table
 from flowsteer.cli.application import Application
 from flowsteer.cli.checks import check_not_negative, check_positive, check_seeds, find_checkpoint
 from flowsteer.cli.devices import find_device
+from flowsteer.cli.execution import execute_steps, find_execution, name_of
+from flowsteer.cli.files import result_folder
 from flowsteer.cli.refusals import Composed
 from flowsteer.cli.simulation import check_kept, find_task, run_episodes
 from flowsteer.configs.evaluation import EvaluationConfig
@@ -27,8 +29,9 @@ def run(config: DictConfig, folder: Path) -> float:
     """
     checkpoint = _checkpoint(config)
     device, options = find_device(config.device), config.eval
-    policy = load_policy(checkpoint, device, config.weights)
-    task = find_task(config.task, read_config(checkpoint))
+    policy, stored = load_policy(checkpoint, device, config.weights), read_config(checkpoint)
+    execute_steps(policy, config)
+    task = find_task(config.task, stored)
     result = run_episodes(
         policy,
         task,
@@ -36,6 +39,7 @@ def run(config: DictConfig, folder: Path) -> float:
         episodes=config.episodes,
         seed=config.seed,
         delay_steps=options.delay_steps,
+        execution=find_execution(config, policy, stored),
         device=device,
     )
     write_evaluation(result, folder, task, options.videos)
@@ -63,6 +67,9 @@ def print_table(result: Evaluation, folder: Path) -> None:
         table.add_row(name, _number(interval["mean"]), f"{_number(interval['low'])} to {_number(interval['high'])}")
     decision = numbers["decision_ms"]
     table.add_row("decision", f"{_number(decision['p50'])} ms", f"95 % below {_number(decision['p95'])} ms")
+    table.add_row(
+        "evaluations", _number(numbers["network_evaluations"]), f"of the network, execution={result.execution}"
+    )
     console = Console()
     console.print(table)
     if numbers["lost"]:
@@ -75,15 +82,11 @@ def _number(value: float | None) -> str:
 
 
 def default_out(composed: Composed) -> Path:
-    """RUN/eval-EPISODESxSEED; of another checkpoint than the last, its name comes first."""
+    """RUN/eval-EPISODESxSEED; what tells another checkpoint than the last, or another execution, comes first."""
     config = composed.config
     checkpoint = _checkpoint(config).expanduser()
     resolve(checkpoint)
-    name = f"{config.episodes}x{config.seed}"
-    if (checkpoint / "checkpoints").is_dir():
-        return checkpoint / f"eval-{name}"
-    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
-    return run / f"eval-{checkpoint.name}-{name}"
+    return result_folder(checkpoint, "eval", f"{name_of(config)}{config.episodes}x{config.seed}")
 
 
 main = Application(

@@ -1,4 +1,4 @@
-"""JSON files that are whole or absent, and paths that mean the same everywhere."""
+"""JSON files that are whole or absent, paths that mean the same everywhere, and the folders of results."""
 
 from __future__ import annotations
 
@@ -30,3 +30,11 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def result_folder(checkpoint: Path, kind: str, name: str) -> Path:
+    """RUN/KIND-NAME for the results of a checkpoint; of another than the last, its own name comes between."""
+    if (checkpoint / "checkpoints").is_dir():
+        return checkpoint / f"{kind}-{name}"
+    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    return run / f"{kind}-{checkpoint.name}-{name}"

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
 from flowsteer.cli.errors import UsageError, unknown
+from flowsteer.cli.execution import POLICY_ITSELF, Execution
 from flowsteer.configs.groups import SIMULATED
 from flowsteer.configs.simulation import SimOptions
 from flowsteer.datasets.progress import ProgressBar
 from flowsteer.policies.build import build
+from flowsteer.policies.counting import counting
 from flowsteer.policies.policy import Policy
 from flowsteer.sim.backends import BACKENDS, suitable
 from flowsteer.sim.errors import SimError
@@ -76,26 +79,39 @@ def run_episodes(
     episodes: int,
     seed: int,
     delay_steps: int = 0,
+    execution: Execution = POLICY_ITSELF,
     device: torch.device,
 ) -> Evaluation:
     """Judge `policy` in `task` over `episodes` seeds from `seed` on, with a bar."""
     with closing(make_environments(task, sim, episodes, policy.spec.observation_steps, device)) as environments:
-        return judge(policy, environments, "judging", episodes=episodes, seed=seed, delay_steps=delay_steps)
+        protocol = {"episodes": episodes, "seed": seed, "delay_steps": delay_steps}
+        return judge(policy, environments, "judging", execution=execution, **protocol)
 
 
 def judge(
-    policy: Policy, environments: VecEnv, label: str, *, episodes: int, seed: int, delay_steps: int
+    policy: Policy,
+    environments: VecEnv,
+    label: str,
+    *,
+    episodes: int,
+    seed: int,
+    delay_steps: int,
+    execution: Execution = POLICY_ITSELF,
 ) -> Evaluation:
-    """`evaluate` under a bar with this label."""
-    with ProgressBar(label, episodes, "episodes") as bar:
-        return evaluate(
+    """`evaluate` under a bar with this label, the evaluations of the network counted."""
+    with ProgressBar(label, episodes, "episodes") as bar, counting(policy) as counter:
+        result = evaluate(
             policy,
             environments,
             episodes=episodes,
             seed=seed,
             delay_steps=delay_steps,
+            executor=execution.executor,
             progress=lambda episode: bar.advance(),
         )
+    counted = None if counter.evaluations is None else counter.evaluations / result.decisions
+    options = dict(execution.options)
+    return replace(result, execution=execution.name, execution_options=options, network_evaluations=counted)
 
 
 def check_kept(result: Evaluation) -> None:
