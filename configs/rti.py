@@ -34,7 +34,7 @@ class RtiConfig:
     checkpoint: str | None = None
     episodes: int = 50
     seed: int = 2_000_000
-    starts: list[float] = field(default_factory=lambda: [0.3, 0.5, 0.7, 0.85, 1.0])
+    starts: list[float] = field(default_factory=lambda: [0.2, 0.3, 0.5, 0.7, 1.0])
     steps: list[int] = field(default_factory=lambda: [1, 2])
     renoise: list[bool] = field(default_factory=lambda: [True])
     tolerance: float = 0.03

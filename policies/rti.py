@@ -95,6 +95,12 @@ class RealTimeIteration:
         self.policy, self.options, self.spec = denoising(policy), options, policy.spec
         self._grid = uniform_grid(options.steps, options.start).to(self.policy.grid.device)
         self.policy.check_grid(self._grid, "rti")
+        distilled = self.policy.fixed_steps
+        if distilled is not None and (distilled, options.steps) != (1, 1):
+            raise PolicyError(
+                f"rti.steps={options.steps}: this policy was distilled to {distilled}, between whose times it has not "
+                "learnt to jump: iterate its teacher, or one distilled to steps=1 with rti.steps=1"
+            )
         if options.jump and all(array.dtype == "uint8" for array in self.spec.observations.values()):
             raise PolicyError(f"rti.jump={options.jump:g}: the policy observes images only, set rti.jump=0")
         with torch.no_grad():

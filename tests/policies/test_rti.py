@@ -253,6 +253,17 @@ def test_a_start_that_the_network_has_not_learnt_is_refused(make_policy: Make) -
         iterated(eps, 1.0, 2)
 
 
+@pytest.mark.parametrize(("distilled", "steps"), [(2, 1), (2, 2), (1, 2)])
+def test_a_student_jumps_only_where_it_has_learnt_to(make_policy: Make, distilled: int, steps: int) -> None:
+    policy = make_policy("flow")
+    assert isinstance(policy, DenoisingPolicy)
+    policy.fixed_steps = 1
+    iterated(policy, 0.4, 1)
+    policy.fixed_steps = distilled
+    with pytest.raises(PolicyError, match=rf"rti.steps={steps}: this policy was distilled to {distilled}, .* teacher"):
+        iterated(policy, 0.4, steps)
+
+
 def test_images_alone_do_not_jump() -> None:
     spec = PolicySpec({"front": ArraySpec((24, 24, 3), "uint8")}, 2, 1, 4, 2, 10.0)
     encoder = partial(Cameras, backbone=partial(SmallViT, embed_dim=16, heads=2, features=5))
