@@ -13,6 +13,7 @@ from flowsteer.cli.errors import exit_code, report
 COMMANDS = {
     "train": Command("flowsteer.cli.train:main", "clone a policy from demonstrations, or resume a run"),
     "finetune": Command("flowsteer.cli.finetune:main", "improve a policy by reinforcement learning, or resume a run"),
+    "distill": Command("flowsteer.cli.distill:main", "teach a policy to take one to four steps, or resume a run"),
     "rti": Command("flowsteer.cli.rti:main", "choose where chunks may start from the ones before"),
     "eval": Command("flowsteer.cli.eval:main", "judge a checkpoint in simulation"),
     "export": Command("flowsteer.cli.export:main", "write a checkpoint as one ONNX file"),

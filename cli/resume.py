@@ -17,7 +17,7 @@ from flowsteer.cli.refusals import is_node, options, parse, wrong_type
 from flowsteer.cli.training import CONFIG
 
 RESUME = "resume"
-FIXED = ("checkpoint", "task", "horizon", "policy", "data")
+FIXED = ("checkpoint", "weights", "steps", "teacher_steps", "task", "horizon", "policy", "data")
 """Options that say what a run's weights mean, or what they were learnt from."""
 
 

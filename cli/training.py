@@ -80,10 +80,22 @@ def train_policy(config: DictConfig, folder: Path) -> Outcome:
         check_links(folder)
         evaluate = _evaluate(config, task, folder, accelerator, stack)
         cloning, validation = _cloning(config, task, folder, accelerator, stack)
-        if (folder / "last").exists():
-            cloning.resume(folder)
-        log = open_log(config, folder, config.train.steps, cloning.progress.step, accelerator, stack)
-        finished = cloning.train(log, validation=validation, evaluate=evaluate)
+        return go_on(cloning, config, folder, validation, evaluate, stack)
+
+
+def go_on(
+    cloning: Cloning,
+    config: DictConfig,
+    folder: Path,
+    validation: Validation | None,
+    evaluate: Evaluate | None,
+    stack: ExitStack,
+) -> Outcome:
+    """Train to the end, from where a run in `folder` ended."""
+    if (folder / "last").exists():
+        cloning.resume(folder)
+    log = open_log(config, folder, config.train.steps, cloning.progress.step, cloning.accelerator, stack)
+    finished = cloning.train(log, validation=validation, evaluate=evaluate)
     return Outcome(finished, cloning.progress.step, cloning.progress.best_score)
 
 
@@ -101,34 +113,47 @@ def check_links(folder: Path) -> None:
 def _cloning(
     config: DictConfig, task: Task | None, folder: Path, accelerator: Accelerator, stack: ExitStack
 ) -> tuple[Cloning, Validation | None]:
-    demonstrations, train, val = _split(config, load_demonstrations(config, task), task)
-    spec, options = demonstrations.spec, config.train
-    windows = _windows(demonstrations, train)
+    demonstrations, train, val = split_demonstrations(config, load_demonstrations(config, task), task)
+    policy = _policy(config, demonstrations, train)
+    batches, validation = make_batches(config, demonstrations, train, val, accelerator, stack)
+    cloning = Cloning(
+        policy,
+        loop_options(config),
+        batches,
+        config.train.batch_size,
+        seed=config.seed,
+        accelerator=accelerator,
+        folder=folder,
+        describe={**plain(config), "spec": demonstrations.spec.to_dict()},
+    )
+    return cloning, validation
+
+
+def make_batches(
+    config: DictConfig,
+    demonstrations: Demonstrations,
+    train: Mask,
+    val: Mask,
+    accelerator: Accelerator,
+    stack: ExitStack,
+) -> tuple[Batches, Validation | None]:
+    """This process's part of the training batches, closed with `stack`, and the validation windows if there are any."""
+    size = config.train.batch_size
     batches = Batches(
-        windows,
-        options.batch_size,
+        _windows(demonstrations, train),
+        size,
         seed=config.seed,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         pin_memory=accelerator.device.type == "cuda",
     )
     stack.callback(batches.close)
-    policy = _policy(config, demonstrations, train)
-    cloning = Cloning(
-        policy,
-        loop_options(config),
-        batches,
-        options.batch_size,
-        seed=config.seed,
-        accelerator=accelerator,
-        folder=folder,
-        describe={**plain(config), "spec": spec.to_dict()},
-    )
-    validation = Validation(_windows(demonstrations, val), options.batch_size) if val.any() else None
-    return cloning, validation
+    return batches, Validation(_windows(demonstrations, val), size) if val.any() else None
 
 
-def _split(config: DictConfig, demonstrations: Demonstrations, task: Task | None) -> tuple[Demonstrations, Mask, Mask]:
+def split_demonstrations(
+    config: DictConfig, demonstrations: Demonstrations, task: Task | None
+) -> tuple[Demonstrations, Mask, Mask]:
     """The demonstrations and which of their episodes train and validate; mirror images only train."""
     data = config.data
     if data.hindsight:

@@ -27,7 +27,8 @@ def test_help_is_instant_and_lists_every_subcommand(environment: dict[str, str])
 def test_a_command_line_without_a_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert capsys.readouterr().err == (
-        "error: flowsteer needs a command: train, finetune, rti, eval, export, data, demo, bench; see flowsteer --help\n"
+        "error: flowsteer needs a command: train, finetune, distill, rti, eval, export, data, demo, bench; "
+        "see flowsteer --help\n"
     )
     assert main(["evil"]) == 2
     assert capsys.readouterr().err.startswith("error: command 'evil' is unknown; nearest: eval (known: ")
