@@ -198,7 +198,9 @@ def test_demonstrations_that_nobody_tells_of(tuned: Path, tmp_path: Path, capsys
     config["dataset"] = str(tmp_path / "moved.zarr")
     (lost / "config.yaml").write_text(yaml.safe_dump(config))
     told = refused(capsys, f"checkpoint={lost}", *SHORT, f"out={tmp_path / 'run'}", code=2)
-    assert told == f"{config['dataset']}, which the teacher was cloned from, is gone: name where it is now with dataset="
+    assert (
+        told == f"{tmp_path}/moved.zarr, which the teacher was cloned from, is gone: name where it is now with dataset="
+    )
 
 
 def test_a_run_goes_on_with_its_own_teacher(
