@@ -14,6 +14,7 @@ from hydra_zen import builds
 from omegaconf import MISSING
 
 from flowsteer.policies.denoising import DiffusionPolicy, FlowPolicy
+from flowsteer.policies.ebt import EnergyPolicy
 from flowsteer.policies.encoders.cameras import Cameras
 from flowsteer.policies.encoders.low_dim import LowDim
 from flowsteer.policies.encoders.multi_modal import MultiModal
@@ -21,6 +22,7 @@ from flowsteer.policies.encoders.point_cloud import PointCloud
 from flowsteer.policies.encoders.resnet import ResNet18
 from flowsteer.policies.encoders.vit import SmallViT
 from flowsteer.policies.gaussian import GaussianPolicy
+from flowsteer.policies.networks.energy_transformer import EnergyTransformer
 from flowsteer.policies.networks.residual_mlp import ResidualMLP
 from flowsteer.policies.networks.transformer import DiffusionTransformer
 from flowsteer.policies.networks.unet1d import ConditionalUnet1d
@@ -60,6 +62,7 @@ NETWORKS: dict[str, Any] = {
     "mlp": later(ResidualMLP),
     "unet": later(ConditionalUnet1d),
     "transformer": later(DiffusionTransformer),
+    "energy_transformer": later(EnergyTransformer),
 }
 
 ENCODERS: dict[str, Any] = {
@@ -72,6 +75,7 @@ ENCODERS: dict[str, Any] = {
 POLICIES: dict[str, Any] = {
     "diffusion": policy_choice(DiffusionPolicy, network=MISSING, encoder=MISSING),
     "flow": policy_choice(FlowPolicy, network=MISSING, encoder=MISSING),
+    "ebt": policy_choice(EnergyPolicy, {"override /network": "energy_transformer"}, network=MISSING, encoder=MISSING),
     "gaussian": policy_choice(GaussianPolicy, {"override /network": None}, encoder=MISSING),
 }
 

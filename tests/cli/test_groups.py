@@ -32,6 +32,7 @@ SMALL = {
     "mlp": ["policy.network.hidden=32", "policy.network.blocks=1"],
     "unet": ["policy.network.widths=[16,32]"],
     "transformer": ["policy.network.width=32", "policy.network.layers=1"],
+    "energy_transformer": ["policy.network.width=32", "policy.network.layers=1"],
 }
 VECTORS = {"state": ArraySpec((5,))}
 IMAGES = {"image": ArraySpec((96, 96, 3), "uint8"), **VECTORS}

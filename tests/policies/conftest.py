@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flowsteer.policies.denoising import DiffusionPolicy, FlowPolicy
+from flowsteer.policies.ebt import EnergyPolicy
 from flowsteer.policies.encoders.low_dim import LowDim
 from flowsteer.policies.gaussian import GaussianPolicy
 from flowsteer.policies.networks.residual_mlp import ResidualMLP
@@ -24,6 +25,7 @@ ENCODER = {"_target_": "flowsteer.policies.encoders.low_dim.LowDim", "_partial_"
 CONFIGS: dict[str, dict[str, Any]] = {
     "diffusion": {"_target_": "flowsteer.policies.denoising.DiffusionPolicy", "encoder": ENCODER, "network": NETWORK},
     "flow": {"_target_": "flowsteer.policies.denoising.FlowPolicy", "encoder": ENCODER, "network": NETWORK},
+    "ebt": {"_target_": "flowsteer.policies.ebt.EnergyPolicy", "encoder": ENCODER, "network": NETWORK},
     "gaussian": {"_target_": "flowsteer.policies.gaussian.GaussianPolicy", "encoder": ENCODER, "hidden": [32]},
 }
 """What a checkpoint's config says of the policies that `make_policy` builds."""
@@ -43,6 +45,7 @@ def _make_policy(family: str, seed: int = 0) -> Policy:
     families: dict[str, Callable[[], Policy]] = {
         "diffusion": lambda: DiffusionPolicy(SPEC, LowDim, network),
         "flow": lambda: FlowPolicy(SPEC, LowDim, network),
+        "ebt": lambda: EnergyPolicy(SPEC, LowDim, network),
         "gaussian": lambda: GaussianPolicy(SPEC, LowDim, hidden=(32,)),
     }
     policy = families[family]()
@@ -80,7 +83,7 @@ class FakeBatches:
         self.number = state["number"]
 
 
-@pytest.fixture(params=["diffusion", "flow", "gaussian"])
+@pytest.fixture(params=["diffusion", "flow", "ebt", "gaussian"])
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -7,6 +7,7 @@ import torch
 from flowsteer.datasets.key_statistics import KeyStatistics
 from flowsteer.policies import engine
 from flowsteer.policies.denoising import DiffusionPolicy, FlowPolicy
+from flowsteer.policies.ebt import EnergyPolicy
 from flowsteer.policies.encoders.cameras import Cameras
 from flowsteer.policies.encoders.low_dim import LowDim
 from flowsteer.policies.encoders.vit import SmallViT
@@ -25,6 +26,7 @@ FAMILIES = {
     "flow": partial(FlowPolicy, encoder=LowDim, network=MLP, steps=3),
     "flow_sde": partial(FlowPolicy, encoder=LowDim, network=MLP, steps=2, eta=0.5, relative_to="finger"),
     "heun": partial(FlowPolicy, encoder=LowDim, network=MLP, steps=3, solver="heun"),
+    "ebt": partial(EnergyPolicy, encoder=LowDim, network=MLP, max_steps=3),
     "gaussian": partial(GaussianPolicy, encoder=LowDim, hidden=(16,), temperature=1.0),
 }
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from flowsteer.policies import onnx_export
 from flowsteer.policies.denoising import DiffusionPolicy, FlowPolicy
+from flowsteer.policies.ebt import EnergyPolicy
 from flowsteer.policies.encoders.cameras import Cameras
 from flowsteer.policies.encoders.low_dim import LowDim
 from flowsteer.policies.encoders.resnet import ResNet18
@@ -110,6 +111,16 @@ def test_an_operator_that_onnx_lacks_is_named_and_nothing_is_written(tmp_path):
     with pytest.raises(PolicyError, match=r"this policy cannot be written as ONNX \(.*linalg_eig") as error:
         export_onnx(policy, tmp_path / "policy.onnx")
     assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_policy_that_descends_a_gradient_is_refused(tmp_path):
+    with pytest.raises(PolicyError) as error:
+        export_onnx(fitted(partial(EnergyPolicy, encoder=LowDim, network=MLP)), tmp_path / "policy.onnx")
+    assert str(error.value) == (
+        "this policy cannot be written as ONNX "
+        "(PolicyError: an energy is descended by its gradient, for which there is no operator)"
+    )
     assert list(tmp_path.iterdir()) == []
 
 

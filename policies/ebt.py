@@ -1,0 +1,248 @@
+"""The energy-based transformer (EBT): a policy that descends its own energy from noise to a chunk.
+
+A network f, which is told no time, gives each chunk under an observation an energy, and autograd its gradient::
+
+    E(x) = <x, f(x)>
+    y_k = x_k + mu v_k,   v_k+1 = mu v_k - alpha dE/dx(y_k),   x_k+1 = x_k + v_k+1        (Nesterov)
+
+Training descends as well, and the error of its steps reaches the weights through the second derivatives of E. Where its
+chains start decides what is learnt. From noise alone (EBT-Policy, Davies et al. 2025) a chain's end can know nothing of
+the demonstration that it is compared with: the least squared error is at the mean of all that fit the observation, say
+between two ways round an obstacle. From points on the way between noise and demonstration it can, and demonstrations
+become the points where the field rests (Equilibrium Matching, Wang & Du 2025): a step goes an equal share of that way,
+or all that is left.
+
+Training knows differences of energy only. So that it tells something across observations as well, it is reported
+relative to that of noise: how far down the chunk lies, the further the surer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from flowsteer.policies.choices import pick
+from flowsteer.policies.encoders.base import EncoderFactory
+from flowsteer.policies.errors import PolicyError
+from flowsteer.policies.networks.base import Features, NetworkFactory
+from flowsteer.policies.policy import ACTION, Draws, Loss, Observation, Policy
+from flowsteer.policies.samplers import Generators, randn
+from flowsteer.policies.spec import PolicySpec
+
+
+class Descent(NamedTuple):
+    """Where descents ended.
+
+    chunk: [B, Tp, Da] in physical units.
+    energy: [B] of the chunks, relative to that of noise; the lower the surer.
+    steps: [B] gradient steps that each row took.
+    """
+
+    chunk: Tensor
+    energy: Tensor
+    steps: Tensor
+
+
+def gradient_length(move: Tensor, change: Tensor) -> Tensor:
+    """Length of a plain step, alpha |dE/dx|, as root mean square over the chunk [B]."""
+    return rms(move)
+
+
+def energy_length(move: Tensor, change: Tensor) -> Tensor:
+    """Length of the step that takes so much energy off in a bowl of curvature 1 / alpha, root mean square [B].
+
+    `change` is alpha times the change of energy: at the bottom of such a bowl a step of length d takes off d^2 / 2.
+    """
+    return (2 * change.abs() / move[0].numel()).sqrt()
+
+
+REFERENCES = 16
+"""Chunks of noise that energies are relative to; the same in all policies, and stored with them."""
+LENGTHS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"gradient": gradient_length, "energy": energy_length}
+
+
+def rms(x: Tensor) -> Tensor:
+    """Root mean square over the chunk, [B, Tp, Da] -> [B]; each row's own, whatever its batch."""
+    return x.square().mean((1, 2)).sqrt()
+
+
+@final
+class EnergyPolicy(Policy):
+    """Descends a learnt energy from noise, each row until it rests.
+
+    Args:
+        spec: see `Policy`.
+        encoder: see `Policy`.
+        network: builds f from Da, Tp, To, F; it is asked at time 0 only.
+        reach: share of the way from noise to demonstration that a step of training is to go, in (0, 1]; the last step
+            goes all that is left. With less of it a chunk takes more steps, and modes are kept apart better.
+        train_steps: a training chain has 1 to so many steps.
+        step_spread: training steps are longer or shorter than alpha by a factor of up to this, at least 1.
+        langevin: std of the noise on the points of a training chain, in normalised units.
+        momentum: mu, in [0, 1).
+        stop: what tells that a row rests: the length of its "gradient" or the change of its "energy".
+        tolerance: root mean square of the step, in normalised units, below which it does; 0 takes all `max_steps`.
+        max_steps: most gradient steps of a chunk.
+        normalizers, relative_to: see `Policy`.
+
+    Raises:
+        PolicyError: an option is unknown or out of its range.
+    """
+
+    def __init__(
+        self,
+        spec: PolicySpec,
+        encoder: EncoderFactory,
+        network: NetworkFactory,
+        reach: float = 0.25,
+        train_steps: int = 2,
+        step_spread: float = 1.5,
+        langevin: float = 0.05,
+        momentum: float = 0.1,
+        stop: str = "gradient",
+        tolerance: float = 0.02,
+        max_steps: int = 16,
+        normalizers: Mapping[str, str] | None = None,
+        relative_to: str | None = None,
+    ) -> None:
+        super().__init__(spec, encoder, normalizers, relative_to)
+        for name, value, right, must in (
+            ("reach", reach, 0 < reach <= 1, "in (0, 1]"),
+            ("train_steps", train_steps, train_steps >= 1, "at least 1"),
+            ("step_spread", step_spread, 1 <= step_spread < math.inf, "at least 1"),
+            ("langevin", langevin, 0 <= langevin < math.inf, "at least 0"),
+            ("momentum", momentum, 0 <= momentum < 1, "in [0, 1)"),
+            ("tolerance", tolerance, 0 <= tolerance < math.inf, "at least 0"),
+            ("max_steps", max_steps, max_steps >= 1, "at least 1"),
+        ):
+            if not right:
+                raise PolicyError(f"policy.{name} must be {must}, got {value:g}")
+        self.network = network(spec.action_dim, spec.prediction_steps, spec.observation_steps, self.encoder.feature_dim)
+        # Part of the module, so that it is optimised, averaged and saved with the weights.
+        self.log_step_size = nn.Parameter(torch.tensor(math.log(reach)))
+        shape = (REFERENCES, spec.prediction_steps, spec.action_dim)
+        self.register_buffer("references", torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+        self.length = pick(LENGTHS, stop, "policy.stop")
+        self.reach, self.train_steps, self.step_spread, self.langevin = reach, train_steps, step_spread, langevin
+        self.momentum, self.tolerance, self.max_steps = momentum, tolerance, max_steps
+
+    references: Tensor
+
+    @property
+    def step_size(self) -> Tensor:
+        """alpha, learnt with the weights."""
+        return self.log_step_size.exp()
+
+    def descend(self, obs: Observation, *, noise: Tensor | None = None, generator: Generators = None) -> Descent:
+        """What `predict` returns, and how sure it is; arguments as there."""
+        with torch.no_grad():
+            features = self.features(obs)
+            a, steps = self._descend(features, noise, generator)
+            return Descent(self.physical(a, obs), self._depth(a, features), steps)
+
+    @torch.no_grad()
+    def energy(self, obs: Observation, chunk: Tensor) -> Tensor:
+        """Energy [B] of chunks [B, Tp, Da] in physical units, relative to that of noise; the lower the surer."""
+        return self._depth(self.normalizer.normalize(ACTION, self.relative(chunk, obs)), self.features(obs))
+
+    def draw(self, batch_size: int, generator: torch.Generator | None = None) -> Draws:
+        """Starts of chains: times [B], noise [B, Tp, Da]; of their n steps: sizes [B, n], noise [B, n, Tp, Da]."""
+        chunk = (self.spec.prediction_steps, self.spec.action_dim)
+        # An equally spaced comb, as in `DenoisingPolicy.draw`.
+        t = (torch.rand(1, generator=generator) + torch.arange(batch_size) / batch_size) % 1
+        eps = torch.randn(batch_size, *chunk, generator=generator)
+        # How many is told by the shape, which no device has to be asked for.
+        n = int(torch.randint(1, self.train_steps + 1, (), generator=generator))
+        sizes = self.step_spread ** (2 * torch.rand(batch_size, n, generator=generator) - 1)
+        return t, eps, sizes, torch.randn(batch_size, n, *chunk, generator=generator)
+
+    def _loss(self, features: Tensor, action: Tensor, draws: Draws) -> Loss:
+        t, eps, sizes, noises = draws
+        learning, last = torch.is_grad_enabled(), sizes.shape[1] - 1
+        cond, alpha = self.network.embed_observation(features), self.step_size
+        x, v = torch.lerp(action, eps, t[:, None, None]), torch.zeros_like(action)
+        for k, (size, noise) in enumerate(zip(sizes.unbind(1), noises.unbind(1), strict=True)):
+            if self.training:
+                x = x + self.langevin * noise
+            y = x + self.momentum * v
+            # Only the last step learns; it starts from where the others led, but does not reach back through them.
+            gradient, _ = self._gradient(y, cond, second_order=learning and k == last)
+            move = alpha * gradient
+            v = self.momentum * v - size[:, None, None] * move.detach()
+            x = x + v
+        error = (move - self._wanted(y, action, eps)) / self.reach
+        total = error.square().mean()
+        return Loss(total, {"descent": total.detach()})
+
+    def _wanted(self, y: Tensor, action: Tensor, eps: Tensor) -> Tensor:
+        """What a step from y is to take away: `reach` of the way from noise to demonstration, or all that is left."""
+        left = y - action
+        share = self.reach * rms(eps - action) / rms(left)
+        return left * share.clamp(max=1)[:, None, None]
+
+    def _sample(self, features: Tensor, noise: Tensor | None, generator: Generators) -> Tensor:
+        return self._descend(features, noise, generator)[0]
+
+    def _descend(self, features: Tensor, noise: Tensor | None, generator: Generators) -> tuple[Tensor, Tensor]:
+        """Normalised chunks at rest [B, Tp, Da], gradient steps of each row [B]."""
+        if torch.compiler.is_exporting():
+            raise PolicyError("an energy is descended by its gradient, for which there is no operator")
+        shape = (len(features), self.spec.prediction_steps, self.spec.action_dim)
+        start = randn(shape, generator, features.device) if noise is None else noise
+        if tuple(start.shape) != shape:
+            raise PolicyError(f"noise must have shape {list(shape)}, got {list(start.shape)}")
+        cond = self.network.embed_observation(features)
+        # Autograd takes no tensors of inference mode, but their copies.
+        with torch.inference_mode(False):
+            return self._run(start.clone(), tuple(part.clone() for part in cond))
+
+    def _run(self, x: Tensor, cond: Features) -> tuple[Tensor, Tensor]:
+        a, steps = x.clone(), torch.zeros(len(x), dtype=torch.long, device=x.device)
+        rows, v, before = torch.arange(len(x), device=x.device), torch.zeros_like(x), x.new_full((len(x),), math.inf)
+        alpha = self.step_size.detach()
+        for _ in range(self.max_steps):
+            y = x + self.momentum * v
+            gradient, energy = self._gradient(y, cond)
+            move = alpha * gradient
+            v = self.momentum * v - move
+            x = x + v
+            a[rows], steps[rows] = x, steps[rows] + 1
+            moving = self.length(move, alpha * (energy - before)) >= self.tolerance
+            if not bool(moving.any()):
+                break
+            # Rows at rest cost nothing from here on, and stay as they are.
+            x, v, before, rows = (part[moving] for part in (x, v, energy, rows))
+            cond = tuple(part[moving] for part in cond)
+        return a, steps
+
+    def _gradient(self, x: Tensor, cond: Features, second_order: bool = False) -> tuple[Tensor, Tensor]:
+        """dE/dx [B, Tp, Da] and E [B]; with `second_order` the gradient depends on the weights in its turn."""
+        with torch.enable_grad(), _twice_differentiable(second_order):
+            x = x.detach().requires_grad_()
+            energy = self._energy(x, cond)
+            (gradient,) = torch.autograd.grad(energy.sum(), x, create_graph=second_order)
+        return gradient, energy.detach()
+
+    def _energy(self, x: Tensor, cond: Features) -> Tensor:
+        """E [B] of normalised chunks [B, Tp, Da]."""
+        f = self.network(x, self.network.embed_time(x.new_zeros(1)), cond)
+        energy: Tensor = (x * f.to(x.dtype)).sum((1, 2))
+        return energy
+
+    def _depth(self, a: Tensor, features: Tensor) -> Tensor:
+        """E [B] of normalised chunks [B, Tp, Da], less its mean over some noise."""
+        cond, count = self.network.embed_observation(features), len(self.references)
+        noise = self.references.repeat(len(a), 1, 1)
+        around = self._energy(noise, tuple(part.repeat_interleave(count, 0) for part in cond))
+        return self._energy(a, cond) - around.reshape(len(a), count).mean(1)
+
+
+def _twice_differentiable(needed: bool) -> AbstractContextManager[object]:
+    """Attention by its plain formula: torch's fused kernels have no second derivative."""
+    return sdpa_kernel(SDPBackend.MATH) if needed else nullcontext()
