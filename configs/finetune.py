@@ -40,7 +40,7 @@ ALGORITHMS: dict[str, Any] = {
         exploration=MISSING,
     ),
     "fpo": _algorithm(
-        FPO, {"batch_size": 1000, "epochs": 8, "lr": 3e-4, "target_kl": 0.1, "max_kl": 10.0}, NO_EXPLORATION
+        FPO, {"batch_size": 250, "epochs": 6, "lr": 3e-4, "target_kl": 0.1, "max_kl": 10.0}, NO_EXPLORATION
     ),
     "ppo": _algorithm(
         GaussianPPO, {"batch_size": 1000, "epochs": 8, "lr": 3e-4, "target_kl": 0.03, "max_kl": 3.0}, NO_EXPLORATION

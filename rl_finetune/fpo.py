@@ -40,7 +40,8 @@ class FPO(Algorithm):
         huber: where the loss turns from square to linear; null for the square.
         loss_limit: losses are clamped to it, gradients pass through.
         ratio_limit: so is the log-ratio, to +-ratio_limit.
-        perturbation: noise added to sampled chunks, in normalised units, beside the sampler's own.
+        perturbation: noise added to sampled chunks, in normalised units, beside the sampler's own. From nothing
+            it takes as much as a Gaussian policy has (0.3): the sampler's own spread is soon gone.
         train_encoder: train the encoder of observations too.
 
     Raises:
@@ -51,12 +52,12 @@ class FPO(Algorithm):
         self,
         policy: Policy,
         pairs: int = 8,
-        per_pair: bool = True,
+        per_pair: bool = False,
         clip: float = 0.05,
         surrogate: str = "ppo",
         reduction: str = "mean",
         whole_chunk: bool = False,
-        as_eps: bool = False,
+        as_eps: bool = True,
         huber: float | None = None,
         loss_limit: float = 20.0,
         ratio_limit: float = 3.0,

@@ -26,7 +26,7 @@ def test_before_an_update_all_ratios_are_one(make_policy, observe, generator, fa
 
 def test_the_stored_losses_are_the_policys_own(make_policy, observe, generator):
     policy = make_policy("flow")
-    algorithm = FPO(policy, pairs=3, whole_chunk=True)
+    algorithm = FPO(policy, pairs=3, whole_chunk=True, as_eps=False)
     _, memory, features = explored(algorithm, observe, generator)
     cond = policy.network.embed_observation(features)
     for n in range(3):
@@ -36,7 +36,7 @@ def test_the_stored_losses_are_the_policys_own(make_policy, observe, generator):
 
 def test_only_the_executed_part_counts_unless_told(make_policy, observe, generator):
     policy = make_policy("flow")
-    algorithm = FPO(policy, pairs=1)
+    algorithm = FPO(policy, pairs=1, as_eps=False)
     _, memory, features = explored(algorithm, observe, generator)
     cond = policy.network.embed_observation(features)
     error = policy.denoising_error(memory["chunk"], cond, memory["time"][:, 0], memory["noise"][:, 0])
@@ -81,7 +81,7 @@ def test_descending_makes_a_good_chunk_more_likely(make_policy, observe, generat
 def test_the_error_of_eps_is_that_of_the_prediction_times_alpha_for_a_flow(make_policy, observe, generator):
     # eps_hat - eps = (1 - t) (u_hat - u) (McAllister et al. 2025).
     policy = make_policy("flow")
-    plain, weighted = FPO(policy, pairs=2, whole_chunk=True), FPO(policy, pairs=2, whole_chunk=True, as_eps=True)
+    plain, weighted = (FPO(policy, pairs=2, whole_chunk=True, as_eps=as_eps) for as_eps in (False, True))
     _, memory, features = explored(plain, observe, generator)
     cond = policy.network.embed_observation(features)
     expected = memory["loss"] * (1 - memory["time"]).square()
@@ -95,8 +95,8 @@ def test_huber_and_the_limits_by_hand(make_policy, observe, generator):
     error = policy.denoising_error(memory["chunk"], cond, memory["time"][:, 0], memory["noise"][:, 0])[:, :2].detach()
     huber = torch.where(error.abs() < 0.1, error.square() / 2, 0.1 * (error.abs() - 0.05)).mean((1, 2))
     with torch.no_grad():
-        losses = FPO(policy, pairs=1, huber=0.1)._losses(cond, memory, torch.arange(6))[:, 0]
-        limited = FPO(policy, pairs=1, loss_limit=1e-3)._losses(cond, memory, torch.arange(6))
+        losses = FPO(policy, pairs=1, as_eps=False, huber=0.1)._losses(cond, memory, torch.arange(6))[:, 0]
+        limited = FPO(policy, pairs=1, as_eps=False, loss_limit=1e-3)._losses(cond, memory, torch.arange(6))
     torch.testing.assert_close(losses, huber)
     assert limited.max().item() == pytest.approx(1e-3, rel=1e-3)
 
