@@ -69,10 +69,11 @@ def _plot(policies: Mapping[str, Mapping[str, Any]], file: Path) -> None:
 def _print(policies: Mapping[str, Mapping[str, Any]], content: Mapping[str, Any]) -> None:
     table = Table(title=f"{content['task']}: {content['episodes']} episodes from seed {content['seed']}")
     for column in ("", *SHOWN, "decision"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=not column)
     for name, result in policies.items():
-        means = [_interval(result[quantity]) for quantity in SHOWN]
-        table.add_row(name, *means, f"{_number(result['decision_ms']['p50'])} ms")
+        success, largest = (_interval(result[quantity]) for quantity in ("success", "max_reward"))
+        decision = f"{_number(result['decision_ms']['p50'])} ms"
+        table.add_row(name, success, largest, _number(result["return"]["mean"]), decision)
     Console().print(table)
 
 

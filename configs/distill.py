@@ -28,7 +28,7 @@ class DistillTrainOptions(TrainOptions):
             path reach its noisy end one step of the grid after the other, each as late as the average.
     """
 
-    lr: float = 5e-4
+    lr: float = 3e-4
     ema_max_decay: float = 0.99
 
 
