@@ -18,7 +18,8 @@ from flowsteer.configs.train import TrainConfig
 
 PATHS = ("dataset",)
 """Options that name files."""
-FREE = ("policy.steps", "policy.eta", "policy.solver", "policy.clip", "data.in_memory")
+SAMPLING = ("steps", "eta", "solver", "clip", "max_steps", "stop", "tolerance")
+FREE = (*(f"policy.{name}" for name in SAMPLING), "data.in_memory")
 """Options of the policy and its data that leave the meaning of the weights alone."""
 
 

@@ -5,15 +5,16 @@ A network f, which is told no time, gives each chunk under an observation an ene
     E(x) = <x, f(x)>
     y_k = x_k + mu v_k,   v_k+1 = mu v_k - alpha dE/dx(y_k),   x_k+1 = x_k + v_k+1        (Nesterov)
 
-Training descends as well, and the error of its steps reaches the weights through the second derivatives of E. Where its
-chains start decides what is learnt. From noise alone (EBT-Policy, Davies et al. 2025) a chain's end can know nothing of
-the demonstration that it is compared with: the least squared error is at the mean of all that fit the observation, say
-between two ways round an obstacle. From points on the way between noise and demonstration it can, and demonstrations
-become the points where the field rests (Equilibrium Matching, Wang & Du 2025): a step goes an equal share of that way,
-or all that is left.
+Training descends as well: a step is to go an equal share of the way from noise to demonstration, or all that is left of
+it, and its error reaches the weights through the second derivatives of E. Where chains of steps start decides what is
+learnt. From noise (EBT-Policy, Davies et al. 2025) a chain's end can know nothing of the demonstration that it is
+compared with: the least squared error is at the mean of all that fit the observation, say between two ways round an
+obstacle. So chains start on the way, and demonstrations become the points where the field rests (Equilibrium Matching,
+Wang & Du 2025). Only those that start within a step of a demonstration, where there is nothing left to choose, walk
+several steps, and learn from where these lead: without them a chunk that has arrived would not stay.
 
 Training knows differences of energy only. So that it tells something across observations as well, it is reported
-relative to that of noise: how far down the chunk lies, the further the surer.
+relative to that of noise: how far down a chunk lies, the further the surer.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ def energy_length(move: Tensor, change: Tensor) -> Tensor:
 
 REFERENCES = 16
 """Chunks of noise that energies are relative to; the same in all policies, and stored with them."""
+NEAR = 4
+"""One in so many training chains starts within a step of its demonstration."""
 LENGTHS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"gradient": gradient_length, "energy": energy_length}
 
 
@@ -82,9 +85,9 @@ class EnergyPolicy(Policy):
         network: builds f from Da, Tp, To, F; it is asked at time 0 only.
         reach: share of the way from noise to demonstration that a step of training is to go, in (0, 1]; the last step
             goes all that is left. With less of it a chunk takes more steps, and modes are kept apart better.
-        train_steps: a training chain has 1 to so many steps.
-        step_spread: training steps are longer or shorter than alpha by a factor of up to this, at least 1.
-        langevin: std of the noise on the points of a training chain, in normalised units.
+        train_steps: training chains that start near a demonstration have 1 to so many steps.
+        step_spread: these are longer or shorter than alpha by a factor of up to this, at least 1.
+        langevin: std of the noise on the points of training chains, in normalised units.
         momentum: mu, in [0, 1).
         stop: what tells that a row rests: the length of its "gradient" or the change of its "energy".
         tolerance: root mean square of the step, in normalised units, below which it does; 0 takes all `max_steps`.
@@ -101,12 +104,12 @@ class EnergyPolicy(Policy):
         encoder: EncoderFactory,
         network: NetworkFactory,
         reach: float = 0.25,
-        train_steps: int = 2,
+        train_steps: int = 4,
         step_spread: float = 1.5,
         langevin: float = 0.05,
         momentum: float = 0.1,
         stop: str = "gradient",
-        tolerance: float = 0.02,
+        tolerance: float = 0.05,
         max_steps: int = 16,
         normalizers: Mapping[str, str] | None = None,
         relative_to: str | None = None,
@@ -152,33 +155,43 @@ class EnergyPolicy(Policy):
         return self._depth(self.normalizer.normalize(ACTION, self.relative(chunk, obs)), self.features(obs))
 
     def draw(self, batch_size: int, generator: torch.Generator | None = None) -> Draws:
-        """Starts of chains: times [B], noise [B, Tp, Da]; of their n steps: sizes [B, n], noise [B, n, Tp, Da]."""
+        """Starts [B] and noise [B, Tp, Da] of chains; of their n steps: sizes [B, n], noise [B, n, Tp, Da]."""
         chunk = (self.spec.prediction_steps, self.spec.action_dim)
         # An equally spaced comb, as in `DenoisingPolicy.draw`.
-        t = (torch.rand(1, generator=generator) + torch.arange(batch_size) / batch_size) % 1
+        u = (torch.rand(1, generator=generator) + torch.arange(batch_size) / batch_size) % 1
         eps = torch.randn(batch_size, *chunk, generator=generator)
         # How many is told by the shape, which no device has to be asked for.
         n = int(torch.randint(1, self.train_steps + 1, (), generator=generator))
         sizes = self.step_spread ** (2 * torch.rand(batch_size, n, generator=generator) - 1)
-        return t, eps, sizes, torch.randn(batch_size, n, *chunk, generator=generator)
+        return u, eps, sizes, torch.randn(batch_size, n, *chunk, generator=generator)
 
     def _loss(self, features: Tensor, action: Tensor, draws: Draws) -> Loss:
-        t, eps, sizes, noises = draws
-        learning, last = torch.is_grad_enabled(), sizes.shape[1] - 1
-        cond, alpha = self.network.embed_observation(features), self.step_size
-        x, v = torch.lerp(action, eps, t[:, None, None]), torch.zeros_like(action)
-        for k, (size, noise) in enumerate(zip(sizes.unbind(1), noises.unbind(1), strict=True)):
-            if self.training:
-                x = x + self.langevin * noise
-            y = x + self.momentum * v
-            # Only the last step learns; it starts from where the others led, but does not reach back through them.
-            gradient, _ = self._gradient(y, cond, second_order=learning and k == last)
-            move = alpha * gradient
-            v = self.momentum * v - size[:, None, None] * move.detach()
-            x = x + v
-        error = (move - self._wanted(y, action, eps)) / self.reach
+        u, eps, sizes, noises = draws
+        near = slice(None, None, NEAR)
+        t = torch.lerp(u.new_tensor(self.reach), torch.ones_like(u), u)
+        t[near] = self.reach * u[near]
+        cond = self.network.embed_observation(features)
+        x = torch.lerp(action, eps, t[:, None, None])
+        x[near] = self._walk(x[near], tuple(part[near] for part in cond), sizes[near], noises[near])
+        x = x + self._warmth() * noises[:, -1]
+        gradient, _ = self._gradient(x, cond, second_order=torch.is_grad_enabled())
+        error = (self.step_size * gradient - self._wanted(x, action, eps)) / self.reach
         total = error.square().mean()
         return Loss(total, {"descent": total.detach()})
+
+    def _walk(self, x: Tensor, cond: Features, sizes: Tensor, noises: Tensor) -> Tensor:
+        """Where all steps but the last lead from x [B, Tp, Da], and the look ahead from there."""
+        v, alpha = torch.zeros_like(x), self.step_size.detach()
+        for k in range(sizes.shape[1] - 1):
+            x = x + self._warmth() * noises[:, k]
+            gradient, _ = self._gradient(x + self.momentum * v, cond)
+            v = self.momentum * v - alpha * sizes[:, k, None, None] * gradient
+            x = x + v
+        return (x + self.momentum * v).detach()
+
+    def _warmth(self) -> float:
+        """Std of Langevin noise, which is of training alone."""
+        return self.langevin if self.training else 0.0
 
     def _wanted(self, y: Tensor, action: Tensor, eps: Tensor) -> Tensor:
         """What a step from y is to take away: `reach` of the way from noise to demonstration, or all that is left."""

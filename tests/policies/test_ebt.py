@@ -178,18 +178,24 @@ def test_the_loss_reaches_every_weight_through_the_second_derivative(network: st
     assert [name for name, p in policy.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-def test_only_the_last_step_of_a_chain_learns_from_where_the_others_led() -> None:
-    policy, batch = make(train_steps=3, langevin=0.0, step_spread=1.0, momentum=0.0).train(), make_batch(16)
-    t, eps, sizes, noises = next(d for d in (policy.draw(16, seeded(s)) for s in range(20)) if d[2].shape[1] == 3)
-    loss = policy.loss(batch, (t, eps, sizes, noises)).total
+def test_chains_near_demonstrations_walk_and_their_last_step_learns() -> None:
+    policy, batch = make(train_steps=3, step_spread=1.0, momentum=0.5), make_batch(8)
+    u, eps, sizes, noises = next(d for d in (policy.draw(8, seeded(s)) for s in range(20)) if d[2].shape[1] == 3)
+    loss = policy.loss(batch, (u, eps, sizes, noises)).total
     cond = policy.network.embed_observation(policy.features(batch["obs"]))
-    x = torch.lerp(batch["action"], eps, t[:, None, None])
+    # Rows 0 and 4 start within the last quarter of the way and take two steps; the others start before it.
+    t = 0.25 + 0.75 * u
+    t[::4] = 0.25 * u[::4]
+    x, v = torch.lerp(batch["action"], eps, t[:, None, None]), torch.zeros(8, 8, 2)
     for _ in range(2):
-        x = x - policy.step_size.detach() * policy._gradient(x, cond)[0]
+        v = 0.5 * v - policy.step_size.detach() * policy._gradient(x + 0.5 * v, cond)[0]
+        v[[1, 2, 3, 5, 6, 7]] = 0
+        x = x + v
+    x = x + 0.5 * v
     move = policy.step_size * policy._gradient(x, cond, second_order=True)[0]
     by_hand = (move - policy._wanted(x, batch["action"], eps)).square().mean() / 0.25**2
     torch.testing.assert_close(loss, by_hand)
-    weights = list(policy.network.blocks.parameters()) if isinstance(policy.network, EnergyTransformer) else []
+    weights = list(policy.network.parameters())
     for a, b in zip(torch.autograd.grad(loss, weights), torch.autograd.grad(by_hand, weights), strict=True):
         torch.testing.assert_close(a, b)
 
