@@ -1,0 +1,17 @@
+#!/bin/bash
+# A runner from nothing, as in benchmarks/README.md: benchmarks/runner.sh hopper|halfcheetah fpo|ppo SEED [option=value ...]
+# Learns runs/TASK_ALGO_SEED and judges it, on one thread.
+set -e
+task=$1 algo=$2 seed=$3 run=runs/$1_$2_$3
+shift 3
+export OMP_NUM_THREADS=1
+declare -A own=(
+    [fpo]="policy=flow policy.network.hidden=64 policy.network.blocks=2 policy.steps=5 algo.perturbation=0.3 train.batch_size=256"
+    [ppo]="policy=gaussian policy.hidden=[128,128]"
+)
+# shellcheck disable=SC2086 # one option a word
+flowsteer finetune task="$task" algo="$algo" seed="$seed" out="$run" ${own[$algo]} \
+    horizon.observation_steps=1 horizon.prediction_steps=4 horizon.execution_steps=4 train.gamma=0.97 \
+    sim.num_envs=32 train.decisions=128 train.restart_every=8 train.env_steps=2000000 train.evaluate_every=10 \
+    eval.episodes=20 "$@"
+flowsteer eval checkpoint="$run" episodes=100 seed=10000
