@@ -15,8 +15,13 @@ def compiled(module: nn.Module, device: torch.device) -> Callable[..., Any]:
     """The forward pass of `module` through torch.compile; its weights stay in `module`, under their own names.
 
     Raises:
-        PolicyError: this machine cannot compile for `device`.
+        PolicyError: this machine cannot compile for `device`, or the module is trained by second derivatives.
     """
+    if any(getattr(part, "twice_differentiated", False) for part in module.modules()):
+        raise PolicyError(
+            "train.compile=true: torch.compile has no second derivatives, by which this policy learns: "
+            "leave it train.compile=false"
+        )
     # What earlier runs of this process compiled counts against a limit, past which torch silently does not compile.
     torch.compiler.reset()
     _check(device)

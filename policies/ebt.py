@@ -98,6 +98,9 @@ class EnergyPolicy(Policy):
         PolicyError: an option is unknown or out of its range.
     """
 
+    twice_differentiated = True
+    """Whoever compiles a loss must know."""
+
     def __init__(
         self,
         spec: PolicySpec,

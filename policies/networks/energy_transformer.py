@@ -99,7 +99,7 @@ class EnergyTransformer(Network):
         observation_steps: int,
         feature_dim: int,
         width: int = 128,
-        layers: int = 3,
+        layers: int = 2,
         heads: int = 4,
         expansion: int = 2,
         token_steps: int = 4,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flowsteer.policies.checkpoint import load_policy, save_checkpoint
+from flowsteer.policies.compiling import compiled
 from flowsteer.policies.ebt import EnergyPolicy, energy_length, gradient_length
 from flowsteer.policies.ema import Ema
 from flowsteer.policies.encoders.low_dim import LowDim
@@ -368,6 +369,11 @@ def test_validation_needs_no_graph() -> None:
         loss = policy.loss(batch, draws).total
     assert not loss.requires_grad
     torch.testing.assert_close(loss, policy.loss(batch, draws).total)
+
+
+def test_training_cannot_be_compiled() -> None:
+    with pytest.raises(PolicyError, match=r"^train.compile=true: torch.compile has no second derivatives"):
+        compiled(torch.nn.Sequential(make()), torch.device("cpu"))
 
 
 def test_a_compiled_engine_is_refused_with_its_reason() -> None:
