@@ -72,7 +72,7 @@ def _run(folder: Path, evaluation: str) -> Run:
         "task": after["task"],
         "algo": target_name(config["algo"]),
         "policy": target_name(stored[CLONED]),
-        "start": start,
+        "start": start and Path(start).name,
         "seed": config["seed"],
         "env_steps": metrics[-1]["step"],
         "minutes": sum(spent) / 60,
@@ -108,7 +108,7 @@ def plot(result: Mapping[str, Any], file: Path) -> None:
 
 
 def _label(run: Run) -> str:
-    start = "" if run["start"] is None else f" from {Path(run['start']).name}"
+    start = "" if run["start"] is None else f" from {run['start']}"
     return f"{run['task']}: {run['algo']}, {run['policy']}{start}"
 
 

@@ -61,6 +61,8 @@ def test_runs_are_summarised_beside_what_they_started_from(tmp_path: Path, capsy
     assert tuned["minutes"] == 2.0
     assert fresh["before"] is None
     first = result["runs"][0]
+    # No path of this machine.
+    assert first["start"] == "base"
     assert first["curve"] == [{"env_steps": 0, "success": 0.25, "max_reward": 0.5, "return": 7.0}]
     assert (tmp_path / "out" / "arm.png").stat().st_size > 0
     assert "DPPO" in capsys.readouterr().out
