@@ -113,7 +113,7 @@ class EnergyPolicy(Policy):
         momentum: float = 0.1,
         stop: str = "gradient",
         tolerance: float = 0.05,
-        max_steps: int = 16,
+        max_steps: int = 6,
         normalizers: Mapping[str, str] | None = None,
         relative_to: str | None = None,
     ) -> None:

@@ -233,7 +233,7 @@ def distances(*rows: float) -> Tensor:
 
 @pytest.mark.parametrize("stop", ["gradient", "energy"])
 def test_each_row_stops_for_itself_and_stays(stop: str) -> None:
-    policy = make(Bowl, momentum=0.0, tolerance=0.05, stop=stop)
+    policy = make(Bowl, momentum=0.0, tolerance=0.05, max_steps=16, stop=stop)
     obs = {"state": torch.zeros(3, 2, 3)}
     starts = distances(0.01, 1.0, 4.0)
     chunk, _, steps = policy.descend(obs, noise=starts)
@@ -254,7 +254,7 @@ def test_the_number_of_steps_is_bounded() -> None:
 
 
 def test_rows_at_rest_are_no_longer_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    policy, sizes = make(Bowl, momentum=0.0, tolerance=0.05), []
+    policy, sizes = make(Bowl, momentum=0.0, tolerance=0.05, max_steps=16), []
     gradient = policy._gradient
     monkeypatch.setattr(policy, "_gradient", lambda x, cond: (sizes.append(len(x)), gradient(x, cond))[1])
     policy.predict({"state": torch.zeros(3, 2, 3)}, noise=distances(0.01, 1.0, 4.0))
