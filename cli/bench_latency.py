@@ -22,7 +22,7 @@ from flowsteer.cli.bench import benchmark
 from flowsteer.cli.checks import check_filled, check_positive
 from flowsteer.cli.devices import find_device
 from flowsteer.cli.errors import unknown
-from flowsteer.configs.groups import ENCODERS, NETWORKS, POLICIES
+from flowsteer.configs.groups import DENOISERS, ENCODERS, POLICIES
 from flowsteer.datasets.key_statistics import KeyStatistics
 from flowsteer.policies.build import build
 from flowsteer.policies.denoising import DenoisingPolicy
@@ -55,7 +55,7 @@ class LatencyBenchmark:
     """
 
     policies: list[str] = field(default_factory=lambda: ["diffusion", "flow"])
-    networks: list[str] = field(default_factory=lambda: list(NETWORKS))
+    networks: list[str] = field(default_factory=lambda: list(DENOISERS))
     steps: list[int] = field(default_factory=lambda: [1, 10])
     engines: list[str] = field(default_factory=lambda: ["eager", "compiled"])
     dtypes: list[str] = field(default_factory=lambda: ["float32"])
@@ -91,10 +91,10 @@ def measure(config: DictConfig) -> dict[str, Any]:
 
 def make_policy(family: str, network: str, steps: int) -> DenoisingPolicy:
     """A policy for `SPEC`; unclipped, because the schedulers clip otherwise, and with no layer left at zero."""
-    for kind, name, known in (("policy", family, LOOPS), ("network", network, NETWORKS)):
+    for kind, name, known in (("policy", family, LOOPS), ("network", network, DENOISERS)):
         if name not in known:
             raise unknown(kind, name, known)
-    parts = {"network": NETWORKS[network], "encoder": ENCODERS["low_dim"], "steps": steps, "clip": None}
+    parts = {"network": DENOISERS[network], "encoder": ENCODERS["low_dim"], "steps": steps, "clip": None}
     torch.manual_seed(0)
     config = OmegaConf.merge(OmegaConf.structured(POLICIES[family]["policy"]), parts)
     assert isinstance(config, DictConfig)

@@ -58,12 +58,14 @@ def _task(target: Any, *defaults: Any, horizon: tuple[int, int, int] = (2, 16, 8
     return {"defaults": ["_self_", *defaults], "task": task, "horizon": steps}
 
 
-NETWORKS: dict[str, Any] = {
+DENOISERS: dict[str, Any] = {
     "mlp": later(ResidualMLP),
     "unet": later(ConditionalUnet1d),
     "transformer": later(DiffusionTransformer),
-    "energy_transformer": later(EnergyTransformer),
 }
+"""Networks that see the time; all of them can descend an energy as well."""
+
+NETWORKS: dict[str, Any] = {**DENOISERS, "energy_transformer": later(EnergyTransformer)}
 
 ENCODERS: dict[str, Any] = {
     "low_dim": later(LowDim),

@@ -103,6 +103,11 @@ class DenoisingPolicy(Policy, ABC):
                 "set policy.clip=null"
             )
         self.network = network(spec.action_dim, spec.prediction_steps, spec.observation_steps, self.encoder.feature_dim)
+        if not self.network.sees_time:
+            raise PolicyError(
+                f"{type(self.network).__name__} knows no time, which denoising needs: choose another network, "
+                "or policy=ebt"
+            )
         self.path = path
         self.to_clean = pick(TO_CLEAN, prediction, "prediction")
         self.target = pick(TARGET, prediction, "prediction")

@@ -108,7 +108,8 @@ def denoising(policy: Policy, algo: str) -> DenoisingPolicy:
     """
     if not isinstance(policy, DenoisingPolicy):
         raise FinetuneError(
-            f"algo={algo} needs a policy that denoises, not a {type(policy).__name__}: fine-tune it with algo=ppo"
+            f"algo={algo} needs a policy that denoises (policy=diffusion or policy=flow), this is of the class "
+            f"{type(policy).__name__}; algo=ppo takes policy=gaussian"
         )
     return policy
 

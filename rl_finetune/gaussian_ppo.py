@@ -44,8 +44,8 @@ class GaussianPPO(Algorithm):
         super().__init__(policy, train_encoder)
         if not isinstance(policy, GaussianPolicy):
             raise FinetuneError(
-                f"algo=ppo needs policy=gaussian, not a {type(policy).__name__}: "
-                "fine-tune it with algo=dppo or algo=fpo"
+                f"algo=ppo needs policy=gaussian, this is of the class {type(policy).__name__}; "
+                "algo=dppo and algo=fpo take policy=diffusion and policy=flow"
             )
         check_options(("clip", clip > 0, "positive", clip))
         self.clip, self.entropy = clip, entropy

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -44,6 +45,9 @@ class Network(nn.Module, ABC):
         observation_steps: To.
         feature_dim: F, width of an encoded observation step.
     """
+
+    sees_time: ClassVar[bool] = True
+    """Whether its prediction depends on t; a network that descends an energy needs none."""
 
     def __init__(self, action_dim: int, prediction_steps: int, observation_steps: int, feature_dim: int) -> None:
         super().__init__()

@@ -92,6 +92,8 @@ class EnergyTransformer(Network):
         PolicyError: `width` is not a multiple of `heads`, or a size is out of its range.
     """
 
+    sees_time = False
+
     def __init__(
         self,
         action_dim: int,

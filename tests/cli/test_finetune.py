@@ -131,7 +131,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
         (
             (f"checkpoint={trained}", "algo=ppo"),
             1,
-            "algo=ppo needs policy=gaussian, not a FlowPolicy: fine-tune it wit",
+            "algo=ppo needs policy=gaussian, this is of the class FlowPolicy; algo=d",
         ),
         ((f"checkpoint={trained}", "algo=dpo"), 2, "algo 'dpo' is unknown; nearest: dppo"),
         # What is said of the task to learn in wins over what the task suggests.

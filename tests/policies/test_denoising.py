@@ -13,6 +13,7 @@ import torch
 from flowsteer.policies.denoising import DiffusionPolicy, FlowPolicy
 from flowsteer.policies.encoders.low_dim import LowDim
 from flowsteer.policies.errors import PolicyError
+from flowsteer.policies.networks.energy_transformer import EnergyTransformer
 from flowsteer.policies.networks.residual_mlp import ResidualMLP
 from flowsteer.policies.spec import ArraySpec, PolicySpec
 
@@ -59,6 +60,12 @@ def test_without_a_bound_actions_beyond_a_standard_deviation_are_reached(
     # A network that says 3 everywhere: three standard deviations of 2.
     policy.network.output.bias.data.fill_(3.0)
     torch.testing.assert_close(policy.act(OBS), torch.full((4, 4, 2), 6.0))
+
+
+@pytest.mark.parametrize("family", [DiffusionPolicy, FlowPolicy])
+def test_a_network_that_knows_no_time_is_refused(family: type[DiffusionPolicy] | type[FlowPolicy]) -> None:
+    with pytest.raises(PolicyError, match=r"EnergyTransformer knows no time, .* another network, or policy=ebt"):
+        family(SPEC, LowDim, partial(EnergyTransformer, width=16, layers=1))
 
 
 def test_eps_is_refused_where_the_path_starts_without_signal() -> None:

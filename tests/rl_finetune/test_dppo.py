@@ -251,5 +251,7 @@ def test_log_probabilities_may_have_a_floor_and_limits_of_their_own(make_policy,
 
 
 def test_a_policy_without_denoise_is_refused(make_policy):
-    with pytest.raises(FinetuneError, match="needs a policy that denoises, not a GaussianPolicy: fine-tune it with al"):
+    with pytest.raises(
+        FinetuneError, match=r"algo=dppo needs a policy that denoises .* class GaussianPolicy; algo=ppo takes"
+    ):
         make(make_policy("gaussian"))

@@ -47,7 +47,7 @@ def test_the_judged_policy_acts_with_its_mean(make_policy, observe):
 
 def test_other_families_are_refused(make_policy):
     with pytest.raises(
-        FinetuneError, match="algo=ppo needs policy=gaussian, not a FlowPolicy: fine-tune it with algo=d"
+        FinetuneError, match="algo=ppo needs policy=gaussian, this is of the class FlowPolicy; algo=dppo"
     ):
         GaussianPPO(make_policy("flow"))
 
