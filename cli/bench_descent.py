@@ -21,7 +21,7 @@ from flowsteer.cli.simulation import check_kept, find_task, judge, make_environm
 from flowsteer.configs.simulation import SimOptions
 from flowsteer.policies.checkpoint import load_policy, read_config
 from flowsteer.policies.ebt import EnergyPolicy
-from flowsteer.sim.files import replacing
+from flowsteer.sim.plots import save_figure
 
 SCORES = ("max_reward", "success")
 
@@ -104,8 +104,7 @@ def plot(result: Mapping[str, Any], file: Path) -> None:
         axes.set(xlabel="gradient steps per chunk, mean", ylabel=score.replace("_", " "), ylim=(0, 1.05))
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize="small")
-    with replacing(file) as temporary:
-        figure.savefig(temporary, dpi=110)
+    save_figure(figure, file, dpi=110)
 
 
 main = benchmark("descent", "How an energy-based policy scores by its gradient steps.", DescentBenchmark, measure, plot)

@@ -21,7 +21,7 @@ from flowsteer.datasets.progress import ProgressBar
 from flowsteer.sim.collect import ActionNoise, collect
 from flowsteer.sim.cores import usable_cores
 from flowsteer.sim.experts import EXPERTS
-from flowsteer.sim.files import replacing
+from flowsteer.sim.plots import save_figure
 from flowsteer.sim.statistics import wilson
 from flowsteer.sim.tasks.base import Task
 
@@ -110,8 +110,7 @@ def plot(result: Mapping[str, Any], file: Path) -> None:
     for axes, task in zip(panels, tasks, strict=True):
         _panel(axes, task, [row for row in result["rows"] if row["task"] == task])
     panels[0].set_ylabel(f"success over {result['episodes']} episodes, 95 % interval")
-    with replacing(file) as temporary:
-        figure.savefig(temporary, dpi=110)
+    save_figure(figure, file, dpi=110)
 
 
 def _panel(axes: Axes, task: str, rows: list[Mapping[str, Any]]) -> None:

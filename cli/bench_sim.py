@@ -21,7 +21,7 @@ from flowsteer.cli.devices import find_device
 from flowsteer.cli.sim_contenders import OTHERS, Size, Start, contenders
 from flowsteer.cli.simulation import find_task
 from flowsteer.datasets.progress import ProgressBar
-from flowsteer.sim.files import replacing
+from flowsteer.sim.plots import save_figure
 
 ROUNDS = 3
 PANELS = 3
@@ -112,8 +112,7 @@ def plot(result: Mapping[str, Any], file: Path) -> None:
     colours: dict[str, str] = {}
     for axes, task in zip(panels, tasks, strict=False):
         _panel(axes, task, [row for row in result["rows"] if row["task"] == task], colours)
-    with replacing(file) as temporary:
-        figure.savefig(temporary, dpi=110)
+    save_figure(figure, file, dpi=110)
 
 
 def _panel(axes: Axes, task: str, rows: list[Mapping[str, Any]], colours: dict[str, str]) -> None:

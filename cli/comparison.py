@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -14,9 +13,10 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from flowsteer.cli.files import write_json
 from flowsteer.cli.simulation import judge, make_environments
 from flowsteer.policies.policy import Policy
-from flowsteer.sim.files import replacing
+from flowsteer.sim.plots import save_figure
 from flowsteer.sim.results import summary
 from flowsteer.sim.tasks.base import Task
 
@@ -43,8 +43,7 @@ def compare(
     policies = {name: {key: result[key] for key in KEPT} for name, result in results.items()}
     versions = next(iter(results.values()))["versions"]
     content = {"task": task.spec.name, **protocol, "policies": policies, "versions": versions}
-    with replacing(folder / COMPARISON) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    write_json(folder / COMPARISON, content)
     _plot(policies, folder / "comparison.png")
     _print(policies, content)
 
@@ -62,8 +61,7 @@ def _plot(policies: Mapping[str, Mapping[str, Any]], file: Path) -> None:
                 axes.plot([mean], [row], "o", color="tab:blue")
         axes.set_yticks(range(len(policies)), labels=list(policies))
         axes.set_ylim(len(policies) - 0.5, -0.5)
-    with replacing(file) as temporary:
-        figure.savefig(temporary, dpi=120)
+    save_figure(figure, file)
 
 
 def _print(policies: Mapping[str, Mapping[str, Any]], content: Mapping[str, Any]) -> None:

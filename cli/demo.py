@@ -50,7 +50,7 @@ def run(config: DictConfig, folder: Path) -> float:
         if not dataset.exists():
             collect.collect_demonstrations(_collecting(config), dataset.parent)
     with _stage(f"2/3  a flow policy learns from it for {config.steps} steps", "train", wall_s):
-        train.train(_training(config, dataset), trained)
+        train.learning.go_on(_training(config, dataset), trained)
     with _stage(f"3/3  {config.episodes} unseen episodes judge it", "judge", wall_s):
         success = eval.run(_judging(config, trained), judged)
     write_json(folder / DEMO_JSON, {**_summary(config, judged / EVAL_JSON), "continued": continued, "wall_s": wall_s})

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from flowsteer.cli.errors import UsageError
 from flowsteer.cli.run_log import METRICS, read_metrics
-from flowsteer.sim.files import replacing
+from flowsteer.sim.plots import save_figure
 from flowsteer.sim.results import EVAL_JSON
 
 SCORES = ("max_reward", "success", "return")
@@ -81,8 +81,7 @@ def plot_curves(groups: Mapping[str, Sequence[Run]], x: str, scores: Sequence[st
             axes.set_ylim(0, 1.02)
         axes.grid(alpha=0.3)
         axes.legend()
-    with replacing(file) as temporary:
-        figure.savefig(temporary, dpi=110)
+    save_figure(figure, file, dpi=110)
 
 
 def _plot_group(axes: Axes, runs: Sequence[Run], x: str, score: str, color: str, label: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from flowsteer.sim.files import replacing
+from flowsteer.sim.plots import save_figure
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -38,8 +38,7 @@ def _draw(file: Path, rows: Rows, names: Mapping[str, str], labels: tuple[str, s
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
     axes.legend()
-    with replacing(file) as temporary:
-        figure.savefig(temporary, dpi=120)
+    save_figure(figure, file)
 
 
 def _curve(axes: Axes, rows: Rows, name: str, title: str) -> list[float]:

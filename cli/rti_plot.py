@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from flowsteer.sim.files import replacing
+from flowsteer.sim.plots import save_figure
 
 PANELS = {
     "success": "success",
@@ -33,8 +33,7 @@ def plot(rows: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any] | None, fi
         axes.set(xlabel="start", ylabel=title, ylim=(0, None))
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize="small")
-    with replacing(file) as temporary:
-        figure.savefig(temporary, dpi=110)
+    save_figure(figure, file, dpi=110)
 
 
 def _line(axes: Axes, rows: Sequence[Mapping[str, Any]], name: str, color: str) -> None:

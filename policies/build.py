@@ -61,6 +61,11 @@ def _check_arguments(path: str, target: Callable[..., Any], arguments: Mapping[s
         raise PolicyError(f"the config of {path} does not fit its arguments: {error}") from None
 
 
+def path_of(block: Callable[..., Any]) -> str:
+    """How a config names a class or function; `locate` finds it again."""
+    return f"{block.__module__}.{block.__qualname__}"
+
+
 def locate(path: Any) -> Callable[..., Any]:
     """The public class or function "package.module.Name", which must be defined in a trusted package.
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, final
 
 from torch import Tensor
 
-from flowsteer.policies.build import build
+from flowsteer.policies.build import build, path_of
 from flowsteer.policies.denoising import DenoisingPolicy, DiffusionPolicy, FlowPolicy
 from flowsteer.policies.encoders.base import EncoderFactory
 from flowsteer.policies.errors import PolicyError
@@ -114,11 +114,11 @@ def make_teacher(policy: Policy, steps: int | None = None) -> DenoisingPolicy:
 def student_config(teacher: DenoisingPolicy, config: Mapping[str, Any], steps: int) -> dict[str, Any]:
     """The "policy" of a checkpoint that rebuilds a student, from that of its teacher."""
     network = config["network"]
-    while network["_target_"] == _name(StagedNetwork):
+    while network["_target_"] == path_of(StagedNetwork):
         network = network["network"]
     options = {key: config[key] for key in ("normalizers", "relative_to") if key in config}
     return {
-        "_target_": _name(ConsistencyPolicy),
+        "_target_": path_of(ConsistencyPolicy),
         "encoder": config["encoder"],
         "network": network,
         "path": _path_config(teacher.path),
@@ -154,12 +154,7 @@ def make_student(teacher: DenoisingPolicy, config: Mapping[str, Any]) -> Consist
 
 
 def _path_config(path: Path) -> dict[str, Any]:
-    config: dict[str, Any] = {"_target_": _name(type(path))}
+    config: dict[str, Any] = {"_target_": path_of(type(path))}
     if isinstance(path, VariancePreservingPath):
-        config |= {"betas": {"_target_": _name(path.betas), "_partial_": True}, "train_steps": path.train_steps}
+        config |= {"betas": {"_target_": path_of(path.betas), "_partial_": True}, "train_steps": path.train_steps}
     return config
-
-
-def _name(block: Callable[..., Any]) -> str:
-    """How a config names a class or function."""
-    return f"{block.__module__}.{block.__qualname__}"

@@ -14,6 +14,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from flowsteer.policies.build import path_of
 from flowsteer.policies.choices import pick
 from flowsteer.policies.denoising import SOLVERS, DenoisingPolicy
 from flowsteer.policies.networks.base import Features
@@ -175,9 +176,12 @@ class DPPO(Algorithm):
         """See `Algorithm`."""
         described = {**config, "steps": self.steps, "eta": self.eta, "solver": "transition"}
         if self.first:
-            staged = f"{StagedNetwork.__module__}.{StagedNetwork.__qualname__}"
-            network = {"_target_": staged, "_partial_": True, "network": config["network"], "switch": self._switch()}
-            described["network"] = network
+            described["network"] = {
+                "_target_": path_of(StagedNetwork),
+                "_partial_": True,
+                "network": config["network"],
+                "switch": self._switch(),
+            }
         return described
 
     def _switch(self) -> float:

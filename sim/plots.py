@@ -25,7 +25,7 @@ def plot_episodes(evaluation: Evaluation, path: Path) -> None:
     _plot_sorted(largest, evaluation, [episode.max_reward for episode in evaluation.kept], "largest reward")
     _plot_sorted(returns, evaluation, [episode.reward_sum for episode in evaluation.kept], "return")
     figure.suptitle(f"{evaluation.task}: {len(evaluation.kept)} episodes, delay {evaluation.delay_steps} steps")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_episode(episode: Episode, prediction: PolicySpec, path: Path) -> None:
@@ -42,7 +42,7 @@ def plot_episode(episode: Episode, prediction: PolicySpec, path: Path) -> None:
     axes.set_xlabel("time [s]")
     outcome = "success" if episode.success else "no success"
     figure.suptitle(f"seed {episode.seed}: {outcome}, largest reward {episode.max_reward:.2f}; blue: predicted")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _plot_success(axes: Axes, successes: Sequence[bool]) -> None:
@@ -63,6 +63,7 @@ def _plot_sorted(axes: Axes, evaluation: Evaluation, values: Sequence[float], na
     axes.set(xlabel="episodes, worst to best (green: success)", ylabel=name)
 
 
-def _save(figure: Figure, path: Path) -> None:
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+def save_figure(figure: Figure, file: Path, dpi: int = 120) -> None:
+    """Write a picture that is whole or absent."""
+    with replacing(file) as temporary:
+        figure.savefig(temporary, dpi=dpi)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from flowsteer.policies.build import OBJECT, build, locate
+from flowsteer.policies.build import OBJECT, build, locate, path_of
 from flowsteer.policies.errors import PolicyError
 from flowsteer.policies.paths import LinearPath, VariancePreservingPath, linear_betas
 from flowsteer.policies.spec import ArraySpec, PolicySpec
@@ -17,6 +17,11 @@ def test_builds_a_class_with_its_arguments() -> None:
     path = build({"_target_": PATH, "train_steps": 10})
     assert isinstance(path, VariancePreservingPath)
     assert path.train_steps == 10
+
+
+def test_a_path_leads_back_to_what_it_names() -> None:
+    assert path_of(PolicySpec) == "flowsteer.policies.spec.PolicySpec"
+    assert locate(path_of(PolicySpec)) is PolicySpec
 
 
 def test_functions_are_values_and_not_called() -> None:
