@@ -34,6 +34,7 @@ BENCHMARKS: dict[str, Command] = {
     "experts": Command("flowsteer.cli.bench_experts:main", "how often the scripted experts succeed, by noise"),
     "update": Command("flowsteer.cli.bench_update:main", "one iteration of DPPO, beside a straightforward one"),
     "descent": Command("flowsteer.cli.bench_descent:main", "scores of an energy-based policy by its gradient steps"),
+    "tradeoff": Command("flowsteer.cli.bench_tradeoff:main", "scores by network evaluations, of judged runs"),
     "cloning": Command("flowsteer.cli.bench_cloning:main", "judged runs in one table and one plot"),
     "finetune": Command("flowsteer.cli.bench_finetune:main", "judged runs of finetune, beside what they started from"),
 }

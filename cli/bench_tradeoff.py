@@ -1,0 +1,119 @@
+"""`flowsteer bench tradeoff`: what policies score by the network evaluations that a decision costs them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+from matplotlib.figure import Figure
+from omegaconf import DictConfig
+
+from flowsteer.cli.bench import benchmark
+from flowsteer.cli.errors import UsageError
+from flowsteer.cli.judged_runs import Run, check_runs, grouped, judged, spread, target_name
+from flowsteer.policies.checkpoint import read_config
+from flowsteer.sim.plots import save_figure
+from flowsteer.sim.results import EVAL_JSON
+
+SCORES = ("max_reward", "success")
+ALIKE = ("policy", "steps", "execution", "execution_steps")
+"""Evaluations that differ in none of them differ in the seed of training."""
+MARKERS = "osD^v<>P"
+
+
+@final
+@dataclass
+class TradeoffBenchmark:
+    """What to gather.
+
+    Attributes:
+        runs: run folders.
+        judged: folders of evaluations within the runs; a run may lack some.
+        name: of the files to write.
+        out: where to write them.
+    """
+
+    runs: list[str] = field(default_factory=list)
+    judged: list[str] = field(default_factory=lambda: ["eval-100x10000"])
+    name: str = "tradeoff"
+    out: str | None = None
+
+
+def gather(config: DictConfig) -> dict[str, Any]:
+    """`rows`: a policy under one execution each, over its training seeds; `runs`: an evaluation each."""
+    runs = [row for folder in check_runs(config.runs) for row in _evaluations(folder, config.judged)]
+    return {"rows": [_row(group) for group in grouped(runs, *ALIKE)], "runs": runs}
+
+
+def _evaluations(folder: Path, names: list[str]) -> list[Run]:
+    """All of `names` that the run has.
+
+    Raises:
+        UsageError: it has none.
+    """
+    found = [name for name in names if (folder / name / EVAL_JSON).is_file()]
+    if not found:
+        raise UsageError(f"{folder} holds none of {', '.join(names)}: make one with flowsteer eval checkpoint={folder}")
+    stored = read_config(folder)
+    return [_evaluation(stored, judged(folder, name)) for name in found]
+
+
+def _evaluation(stored: Mapping[str, Any], result: Mapping[str, Any]) -> Run:
+    policy = stored["policy"]
+    return {
+        "task": result["task"],
+        "policy": target_name(policy),
+        "steps": policy.get("steps"),
+        "seed": stored["seed"],
+        "execution": result["execution"],
+        "execution_options": result["execution_options"],
+        "execution_steps": result["execution_steps"],
+        "network_evaluations": result["network_evaluations"],
+        "episodes": result["episodes"],
+        **{score: result[score] for score in SCORES},
+    }
+
+
+def _row(runs: list[Run]) -> dict[str, Any]:
+    """A policy under one execution, over its training seeds."""
+    first, evaluations = runs[0], float(np.mean([run["network_evaluations"] for run in runs]))
+    return {
+        **{name: first[name] for name in ("policy", "execution", "execution_steps")},
+        "seeds": len(runs),
+        "network_evaluations": evaluations,
+        **{score: spread([run[score]["mean"] for run in runs]) for score in SCORES},
+    }
+
+
+def plot(result: Mapping[str, Any], file: Path) -> None:
+    """Scores against network evaluations: a colour a policy, a marker an execution, a point a training seed."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    groups = grouped(result["runs"], *ALIKE)
+    colors = {policy: f"C{n}" for n, policy in enumerate(dict.fromkeys(runs[0]["policy"] for runs in groups))}
+    markers = dict(zip(dict.fromkeys(_execution(runs[0]) for runs in groups), MARKERS, strict=False))
+    for axes, score in zip(figure.subplots(1, len(SCORES)), SCORES, strict=True):
+        for runs in groups:
+            execution = _execution(runs[0])
+            x, y = [run["network_evaluations"] for run in runs], [run[score]["mean"] for run in runs]
+            label = f"{runs[0]['policy']}, {execution}"
+            axes.plot(x, y, markers[execution], color=colors[runs[0]["policy"]], alpha=0.7, label=label)
+        axes.set(xlabel="network evaluations per decision", ylabel=score.replace("_", " "), xscale="log")
+        axes.grid(alpha=0.3, which="both")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
+    save_figure(figure, file, dpi=110)
+
+
+def _execution(run: Run) -> str:
+    return f"{run['execution']}, Ta = {run['execution_steps']}"
+
+
+main = benchmark(
+    "tradeoff",
+    "Gather evaluations into one table and one plot of score against network evaluations.",
+    TradeoffBenchmark,
+    gather,
+    plot,
+)
