@@ -50,6 +50,7 @@ class UpdateBenchmark:
         hidden: width of the policy's network.
         blocks: its residual blocks.
         chunk_steps: control steps in a chunk.
+        compile: measure an update with train.compile=true too.
         device: "auto" (a GPU where there is one) or "cpu".
         out: where to write update.json.
     """
@@ -63,6 +64,7 @@ class UpdateBenchmark:
     hidden: int = 512
     blocks: int = 3
     chunk_steps: int = 4
+    compile: bool = True
     device: str = "auto"
     out: str | None = None
 
@@ -76,17 +78,32 @@ def measure(config: DictConfig) -> dict[str, Any]:
     with loop.env:
         loop.generator.manual_seed(0)
         rollout, collect_s = timed(loop.collect, device)
-    ours_s = timed(partial(loop.update, rollout, critic_alone=False), device)[1]
-    theirs_s = timed(partial(Straightforward(loop).update, rollout), device)[1]
-    env_steps = loop.progress.env_steps
+    seconds = {"flowsteer": timed(partial(loop.update, rollout, critic_alone=False), device)[1]}
+    spent = {"collect_s": collect_s}
+    if config.compile:
+        faster, spent["compile_s"] = timed(partial(_compiled, config, rollout, device), device)
+        seconds["flowsteer, train.compile=true"] = timed(partial(faster.update, rollout, critic_alone=False), device)[1]
+    seconds["straightforward"] = timed(partial(Straightforward(loop).update, rollout), device)[1]
     rows = [
-        {"contender": "flowsteer", "collect_s": collect_s, "update_s": ours_s, "speedup": theirs_s / ours_s},
-        {"contender": "straightforward", "collect_s": None, "update_s": theirs_s, "speedup": 1.0},
+        {"contender": name, "update_s": s, "speedup": seconds["straightforward"] / s} for name, s in seconds.items()
     ]
-    return {"rows": rows, "env_steps": env_steps, "collect_env_steps_per_s": env_steps / collect_s}
+    env_steps = loop.progress.env_steps
+    return {"rows": rows, **spent, "env_steps": env_steps, "collect_env_steps_per_s": env_steps / collect_s}
 
 
-def _loop(config: DictConfig, device: torch.device) -> OnPolicy:
+def _compiled(config: DictConfig, rollout: Rollout, device: torch.device) -> OnPolicy:
+    """The same loop, compiled, which happens when rows first go forwards and backwards."""
+    loop = _loop(config, device, compile=True)
+    loop.env.close()
+    update, rows = loop.update, torch.arange(min(loop.update.micro_batch_size, config.batch_size), device=device)
+    sample = update.sample(rollout)[0]
+    with torch.no_grad():
+        update.step(sample, rows)
+    update.step(sample, rows).loss.backward()  # type: ignore[no-untyped-call]
+    return loop
+
+
+def _loop(config: DictConfig, device: torch.device, compile: bool = False) -> OnPolicy:
     task = find_task("hopper", {})
     env = make_environments(task, SimOptions(num_envs=config.num_envs), config.num_envs, 1, device)
     spec = PolicySpec(
@@ -104,6 +121,7 @@ def _loop(config: DictConfig, device: torch.device) -> OnPolicy:
         batch_size=config.batch_size,
         critic_batch_size=config.batch_size // config.fine_tuned_steps or 1,
         critic_warmup=0,
+        compile=compile,
         measure_signal=False,
         target_kl=1e6,
         max_kl=1e6,

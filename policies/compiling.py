@@ -22,15 +22,25 @@ def compiled(module: nn.Module, device: torch.device) -> Callable[..., Any]:
             "train.compile=true: torch.compile has no second derivatives, by which this policy learns: "
             "leave it train.compile=false"
         )
-    # What earlier runs of this process compiled counts against a limit, past which torch silently does not compile.
-    torch.compiler.reset()
     _check(device)
     forward: Callable[..., Any] = torch.compile(module)
     return forward
 
 
+def compile_in_place(module: nn.Module, device: torch.device) -> None:
+    """Whoever calls `module` from now on, with any batch size, runs it through torch.compile; weights keep their names.
+
+    Raises:
+        PolicyError: this machine cannot compile for `device`.
+    """
+    _check(device)
+    module.compile(dynamic=True)
+
+
 def _check(device: torch.device) -> None:
     """Compile next to nothing: it takes what a policy takes, a compiler, Python's headers and, on a GPU, Triton."""
+    # What earlier runs of this process compiled counts against a limit, past which torch silently does not compile.
+    torch.compiler.reset()
     try:
         torch.compile(_increment)(torch.ones(1, device=device))
     except Exception as error:  # each compiler that torch drives fails in its own way

@@ -75,6 +75,11 @@ class Algorithm(nn.Module, ABC):
         self.progress = 0.0
         """Share of the training that is done; the loop sets it between iterations."""
 
+    @property
+    @abstractmethod
+    def network(self) -> nn.Module:
+        """What an update spends its time on, forwards and backwards."""
+
     @abstractmethod
     def explore(self, obs: Observation, generator: torch.Generator) -> Explored:
         """Sample a chunk for each of the observations {key: [B, To, ...]}, with noise to learn from."""

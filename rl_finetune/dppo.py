@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowsteer.policies.build import path_of
 from flowsteer.policies.choices import pick
@@ -119,6 +119,11 @@ class DPPO(Algorithm):
     def tuned(self) -> DenoisingPolicy:
         """The policy, which denoises."""
         return denoising(self.policy, "dppo")
+
+    @property
+    def network(self) -> nn.Module:
+        """The policy's."""
+        return self.tuned.network
 
     clip: Tensor
     discount: Tensor

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from flowsteer.policies.choices import pick
@@ -93,6 +93,11 @@ class FPO(Algorithm):
     def tuned(self) -> DenoisingPolicy:
         """The policy, which denoises."""
         return denoising(self.policy, "fpo")
+
+    @property
+    def network(self) -> nn.Module:
+        """The policy's."""
+        return self.tuned.network
 
     @torch.no_grad()
     def explore(self, obs: Observation, generator: torch.Generator) -> Explored:

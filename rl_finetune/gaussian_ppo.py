@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowsteer.policies.choices import pick
 from flowsteer.policies.gaussian import GaussianPolicy
@@ -57,6 +57,11 @@ class GaussianPPO(Algorithm):
         """The policy, which is a Gaussian."""
         assert isinstance(self.policy, GaussianPolicy)
         return self.policy
+
+    @property
+    def network(self) -> nn.Module:
+        """Of the mean."""
+        return self.tuned.mean
 
     @torch.no_grad()
     def explore(self, obs: Observation, generator: torch.Generator) -> Explored:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flowsteer.policies import checkpoint
 from flowsteer.policies.cloning import Evaluate, Log
+from flowsteer.policies.compiling import compile_in_place
 from flowsteer.policies.optimizer_state import pack_optimizer, unpack_optimizer
 from flowsteer.policies.signals import StopRequest
 from flowsteer.rl_finetune.algorithm import Algorithm
@@ -59,6 +60,9 @@ class OnPolicy:
         accelerator: devices and processes; each process has its own environments, gradients are averaged.
         folder: the run folder; None keeps nothing.
         describe: what a checkpoint's config.yaml is to hold, "policy" being that of `algorithm.acting()`.
+
+    Raises:
+        PolicyError: `config.compile` where nothing can be compiled.
     """
 
     def __init__(
@@ -76,6 +80,8 @@ class OnPolicy:
         accelerator = accelerator or Accelerator(cpu=env.device.type == "cpu")
         self.processes = Processes(accelerator)
         self.algorithm, self.critic = algorithm.to(accelerator.device).eval(), critic.to(accelerator.device)
+        if config.compile:
+            compile_in_place(algorithm.network, accelerator.device)
         self.acting = algorithm.acting().eval()
         self.env, self.config, self.folder, self.describe = env, config, folder, dict(describe or {})
         self.seed, self.generator = seed, torch.Generator()

@@ -7,26 +7,41 @@ from omegaconf import OmegaConf
 from flowsteer.cli import bench_update
 from flowsteer.cli.main import main
 
-SMALL = {"num_envs": 4, "decisions": 5, "steps": 6, "fine_tuned_steps": 3, "epochs": 2, "batch_size": 20, "hidden": 16}
+SMALL = {
+    "num_envs": 4,
+    "decisions": 5,
+    "steps": 6,
+    "fine_tuned_steps": 3,
+    "epochs": 2,
+    "batch_size": 20,
+    "hidden": 16,
+    "blocks": 1,
+}
 
 
 @pytest.fixture
 def loop():
     pytest.importorskip("mujoco")
-    config = OmegaConf.structured(bench_update.UpdateBenchmark(**SMALL, blocks=1, device="cpu"))
+    config = OmegaConf.structured(bench_update.UpdateBenchmark(**SMALL, device="cpu"))
     made = bench_update._loop(config, torch.device("cpu"))
     yield made
     made.env.close()
 
 
-def test_the_result_has_both_contenders(tmp_path, capsys):
+def test_the_result_has_all_contenders(quick_compiler, tmp_path, capsys):
     pytest.importorskip("mujoco")
     options = [f"{name}={value}" for name, value in SMALL.items()]
     assert main(["bench", "update", *options, "device=cpu", f"out={tmp_path}"]) == 0
     told = json.loads((tmp_path / "update.json").read_text())
-    ours, theirs = told["rows"]
-    assert (ours["contender"], theirs["contender"]) == ("flowsteer", "straightforward")
+    ours, compiled, theirs = told["rows"]
+    assert [row["contender"] for row in told["rows"]] == [
+        "flowsteer",
+        "flowsteer, train.compile=true",
+        "straightforward",
+    ]
+    assert compiled["speedup"] == pytest.approx(theirs["update_s"] / compiled["update_s"])
     assert ours["speedup"] == pytest.approx(theirs["update_s"] / ours["update_s"])
+    assert told["compile_s"] > 0
     assert 0 < told["env_steps"] <= 4 * 5 * 4
 
 

@@ -105,6 +105,29 @@ def test_a_minibatch_in_parts_is_the_same_minibatch(make_loop, name):
         torch.testing.assert_close(other_weight, weight, rtol=0, atol=2e-5)
 
 
+def test_a_compiled_run_learns_the_same_and_saves_plain_weights(quick_compiler, make_loop, tmp_path):
+    eager, compiled = (make_loop("ppo", folder=tmp_path / str(flag), compile=flag) for flag in (False, True))
+    started = [weight.clone() for weight in compiled.algorithm.parameters()]
+    assert compiled.algorithm.network._compiled_call_impl is not None
+    assert eager.algorithm.network._compiled_call_impl is None
+    for loop in (eager, compiled):
+        loop.train(Record())
+    for weight, other, before in zip(
+        eager.algorithm.parameters(), compiled.algorithm.parameters(), started, strict=True
+    ):
+        torch.testing.assert_close(other, weight, rtol=1e-3, atol=1e-4)
+        assert not torch.equal(other, before)
+    one, other = (read_tensors(tmp_path / str(flag) / "last" / "trainer.safetensors") for flag in (False, True))
+    assert one.keys() == other.keys()
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_what_is_compiled_is_what_learns(make_loop, name):
+    algorithm = make_loop(name).algorithm
+    learning = {parameter for parameter in algorithm.parameters() if parameter.requires_grad}
+    assert set(algorithm.network.parameters()) <= learning
+
+
 @pytest.mark.parametrize("train_encoder", [True, False])
 def test_from_images_the_encoder_learns_if_it_is_told_to(seeing_aim, tmp_path, train_encoder):
     task, make_policy = seeing_aim
