@@ -15,6 +15,6 @@ judge "$run" eval-rti execution=rti
 flowsteer rti checkpoint="$run" episodes=50 $every_step
 judge "$run" eval-rti-every-step execution=rti $every_step
 
-flowsteer distill checkpoint="$run" steps=1 train.steps=3000 train.evaluate_every=0 seed="$seed" out="$run-1"
+flowsteer distill checkpoint="$run" steps=1 train.steps=1000 train.warmup_steps=100 train.evaluate_every=0 seed="$seed" out="$run-1"
 judge "$run-1" eval-sync
 judge "$run-1" eval-sync-every-step $every_step

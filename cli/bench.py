@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, final
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from flowsteer.cli.application import Application
@@ -45,6 +46,8 @@ def main(args: Sequence[str]) -> int:
     return dispatch("flowsteer bench", "Measure how fast things are.", BENCHMARKS, args)
 
 
+UNLIMITED = 1000
+"""Columns of a file, or of what reads a pipe."""
 Measure = Callable[[DictConfig], Mapping[str, Any]]
 Plot = Callable[[Mapping[str, Any], Path], None]
 """(result, picture to write)."""
@@ -108,13 +111,15 @@ def _processor() -> str:
 
 
 def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows with the same columns as a table."""
+    """Rows with the same columns as a table; no number in it is cut short, however narrow the terminal."""
     table = Table(title=title, title_justify="left")
     for column in rows[0]:
-        table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
+        table.add_column(
+            column.replace("_", " "), justify="left" if isinstance(rows[0][column], str) else "right", overflow="fold"
+        )
     for row in rows:
         table.add_row(*map(_cell, row.values()))
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else UNLIMITED).print(table)
 
 
 def _cell(value: Any) -> str:
@@ -122,6 +127,6 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, Mapping):
-        mean, low, high = map(_cell, value.values())
+        mean, low, high = (format(number, ".3g") for number in value.values())
         return f"{mean} ({low} to {high})"
     return f"{value:,.4g}" if isinstance(value, float) else str(value)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig
 
-from flowsteer.cli.bench import BENCHMARKS, benchmark
+from flowsteer.cli.bench import BENCHMARKS, benchmark, print_rows
 from flowsteer.cli.main import main
 
 
@@ -40,3 +40,11 @@ def test_every_benchmark_has_help_and_an_unknown_one_its_nearest(capsys: pytest.
         assert f"flowsteer bench {name}: " in capsys.readouterr().out
     assert main(["bench", "loadr"]) == 2
     assert capsys.readouterr().err.startswith("error: command 'loadr' is unknown; nearest: loader (known: ")
+
+
+def test_a_table_for_a_file_has_a_line_for_each_row_however_wide(capsys: pytest.CaptureFixture[str]) -> None:
+    scores = {"mean": 0.76543, "low": 0.65432, "high": 0.87654}
+    print_rows("wide", [{f"score_{n}": scores for n in range(8)} | {"name": "a", "nothing": None}] * 2)
+    first, second = [line for line in capsys.readouterr().out.splitlines() if "0.765" in line]
+    assert first.count("0.765 (0.654 to 0.877)") == 8
+    assert first == second

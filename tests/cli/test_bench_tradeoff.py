@@ -39,10 +39,7 @@ def bench(out: Path, runs: list[Path], *options: str) -> int:
     return main(["bench", "tradeoff", f"runs=[{','.join(map(str, runs))}]", f"out={out}", *options])
 
 
-def test_evaluations_are_grouped_by_policy_and_execution(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+def test_evaluations_are_grouped_by_policy_and_execution(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flow = {"_target_": "flowsteer.policies.x.FlowPolicy", "steps": 10}
     runs = [make_run(tmp_path / f"run{seed}", seed, flow) for seed in (0, 1)]
     for run, sync, rti, evaluations in ((runs[0], 0.8, 0.6, 1.5), (runs[1], 0.9, 0.7, 2.5)):
