@@ -18,7 +18,7 @@ from typing import Any, final
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from rich.console import Console, JustifyMethod
+from rich.console import Console
 from rich.table import Table
 
 from flowsteer.cli.application import Application
