@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +22,6 @@ from flowsteer.policies.spec import PolicySpec
 NOISY = {"noise": 0.1}
 """Draws of the encoder are compiled too; a Gaussian policy has the fewest kernels, each of which takes a second."""
 Start = Callable[..., Cloning]
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Compile in this process and without vector instructions: to find which there are takes longer than to compile."""
-    if shutil.which("g++") is None:
-        pytest.skip("there is no C++ compiler: apt install g++")
-    from torch._inductor import config
-
-    with config.patch({"cpp.vec_isa_ok": False, "compile_threads": 1}):
-        yield
-    torch.compiler.reset()
 
 
 @pytest.fixture
@@ -63,7 +50,7 @@ class Losses:
 
 
 def test_a_compiled_run_learns_the_same_resumes_exactly_and_saves_plain_weights(
-    quick: None, start: Start, tmp_path: Path
+    quick_compiler: None, start: Start, tmp_path: Path
 ) -> None:
     plain, compiled = Losses(), Losses()
     whole, eager = start(tmp_path / "whole", True), start(tmp_path / "eager", False)

@@ -74,20 +74,19 @@ def test_an_eager_engine_is_the_policy(family):
     assert act(obs, generator=seeded(1)).shape == (4, 3, 2)
 
 
-@pytest.mark.parametrize("family", ["flow_sde", "gaussian"])
-def test_a_compiled_engine_is_the_policy_within_its_tolerance(family):
+@pytest.mark.parametrize(("family", "sizes"), [("flow_sde", [2]), ("gaussian", [2, 1])])
+def test_compiled_engines_are_the_policy_within_their_tolerance(family, sizes, quick_compiler):
     policy = fitted(FAMILIES[family])
-    act = compile_act(policy, batch=2, engine="compiled")
-    other = compile_act(policy, batch=1, engine="compiled")
+    acts = {batch: compile_act(policy, batch=batch, engine="compiled") for batch in sizes}
     with torch.compiler.set_stance("fail_on_recompile"):
-        for seed in range(3):
-            obs = observed(2, seed=seed)
-            torch.testing.assert_close(act(obs, generator=seeded(seed)), policy.act(obs, generator=seeded(seed)))
-        assert other(observed(1)).shape == (1, 3, 2)
-        with torch.inference_mode():
-            assert other(observed(1)).shape == (1, 3, 2)
-    assert act.chosen.name == "compiled"
-    assert act.chosen.error < 1e-4
+        for batch, act in acts.items():
+            for seed in range(3):
+                obs = observed(batch, seed=seed)
+                torch.testing.assert_close(act(obs, generator=seeded(seed)), policy.act(obs, generator=seeded(seed)))
+            with torch.inference_mode():
+                assert act(observed(batch)).shape == (batch, 3, 2)
+            assert act.chosen.name == "compiled"
+            assert act.chosen.error < 1e-4
 
 
 def test_the_fastest_of_what_was_measured_is_taken(monkeypatch):
