@@ -105,7 +105,7 @@ class VariancePreservingPath(Path):
     def _log_alpha_bar(self, t: Tensor) -> Tensor:
         # A hair above a knot must not fall below it: 0.3 * 10 is 3.0000000000000004 but 0.29999998 * 10 is 2.9999998.
         knot = (t * self.train_steps + 1e-4).floor().clamp(0, self.train_steps - 1).long()
-        return self.log_alpha_bar[knot] + self.slope[knot] * (t - knot / self.train_steps)
+        return _at(self.log_alpha_bar, knot) + _at(self.slope, knot) * (t - knot / self.train_steps)
 
     def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
         return (0.5 * self._log_alpha_bar(t)).exp()
@@ -117,8 +117,13 @@ class VariancePreservingPath(Path):
     def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
         knot = (t * self.train_steps - 1e-4).ceil().clamp(1, self.train_steps).long() - 1
         alpha, sigma = self.alpha(t), self.sigma(t)
-        d_alpha = 0.5 * alpha * self.slope[knot]
+        d_alpha = 0.5 * alpha * _at(self.slope, knot)
         return d_alpha, -alpha * d_alpha / sigma
+
+
+def _at(table: Tensor, knot: Tensor) -> Tensor:
+    # Not table[knot]: of a knot without dimensions, torch.compile makes a number that it does not know.
+    return table.index_select(0, knot.flatten()).view_as(knot)
 
 
 Prediction = Callable[[Path, Tensor, Tensor, Tensor], Tensor]

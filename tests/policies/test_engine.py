@@ -74,7 +74,7 @@ def test_an_eager_engine_is_the_policy(family):
     assert act(obs, generator=seeded(1)).shape == (4, 3, 2)
 
 
-@pytest.mark.parametrize(("family", "sizes"), [("flow_sde", [2]), ("gaussian", [2, 1])])
+@pytest.mark.parametrize(("family", "sizes"), [("ddpm", [2]), ("flow_sde", [2]), ("gaussian", [2, 1])])
 def test_compiled_engines_are_the_policy_within_their_tolerance(family, sizes, quick_compiler):
     policy = fitted(FAMILIES[family])
     acts = {batch: compile_act(policy, batch=batch, engine="compiled") for batch in sizes}
