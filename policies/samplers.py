@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from flowsteer.policies.errors import PolicyError
-from flowsteer.policies.paths import Path, eps_of, expand, velocity_of
+from flowsteer.policies.paths import Path, expand, velocity_of
 
 Denoise = Callable[[Tensor, int], Tensor]
 """x_t, index of t in the grid -> a_hat. The index, so that all that depends on t alone is computed once per grid."""
@@ -78,11 +78,20 @@ def uniform_grid(steps: int, start: float = 1.0) -> Tensor:
     return (torch.linspace(start, 0.0, steps + 1, dtype=torch.float64)).float()
 
 
-def transition(path: Path, x_t: Tensor, a_hat: Tensor, t: Tensor, s: Tensor, eta: float) -> Gaussian:
-    """The step from time t to s < t: x_s ~ N(mean, std^2).
+def coefficients(path: Path, t: Tensor, s: Tensor, eta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The step from times t to s < t, each a scalar or [N], as x_s ~ N(c_a a_hat + c_x x_t, std^2): c_a, c_x, std.
 
     var  = eta^2 sigma_s^2 (1 - (alpha_t sigma_s / (alpha_s sigma_t))^2)
-    mean = alpha_s a_hat + sqrt(sigma_s^2 - var) eps_hat
+    mean = alpha_s a_hat + sqrt(sigma_s^2 - var) eps_hat, where eps_hat = (x_t - alpha_t a_hat) / sigma_t
+    """
+    alpha_t, sigma_t, alpha_s, sigma_s = path.alpha(t), path.sigma(t), path.alpha(s), path.sigma(s)
+    var = eta**2 * sigma_s**2 * (1 - (alpha_t * sigma_s / (alpha_s * sigma_t)) ** 2)
+    c_x = (sigma_s**2 - var).clamp(min=0).sqrt() / sigma_t
+    return alpha_s - c_x * alpha_t, c_x, var.clamp(min=0).sqrt()
+
+
+def transition(path: Path, x_t: Tensor, a_hat: Tensor, t: Tensor, s: Tensor, eta: float) -> Gaussian:
+    """The distribution of x_s, for `coefficients`.
 
     Args:
         path: the path that x_t lies on.
@@ -92,19 +101,17 @@ def transition(path: Path, x_t: Tensor, a_hat: Tensor, t: Tensor, s: Tensor, eta
         s: next time, like `t`.
         eta: 0 deterministic, 1 the posterior variance of DDPM.
     """
-    alpha_t, sigma_t, alpha_s, sigma_s = path.alpha(t), path.sigma(t), path.alpha(s), path.sigma(s)
-    var = eta**2 * sigma_s**2 * (1 - (alpha_t * sigma_s / (alpha_s * sigma_t)) ** 2)
-    eps_scale = (sigma_s**2 - var).clamp(min=0).sqrt()
-    mean = expand(alpha_s, x_t) * a_hat + expand(eps_scale, x_t) * eps_of(path, x_t, a_hat, t)
-    return Gaussian(mean, expand(var.clamp(min=0).sqrt(), x_t))
+    c_a, c_x, std = (expand(coefficient, x_t) for coefficient in coefficients(path, t, s, eta))
+    return Gaussian(c_a * a_hat + c_x * x_t, std)
 
 
 def chain(
     path: Path, denoise: Denoise, x: Tensor, grid: Tensor, eta: float, generator: Generators = None
 ) -> Iterator[tuple[Gaussian, Tensor]]:
     """Yield (distribution, sample) of each transition along `grid`; the last sample is the clean chunk."""
+    c_a, c_x, std = coefficients(path, grid[:-1], grid[1:], eta)
     for k in range(len(grid) - 1):
-        step = transition(path, x, denoise(x, k), grid[k], grid[k + 1], eta)
+        step = Gaussian(c_a[k] * denoise(x, k) + c_x[k] * x, std[k])
         x = step.mean if eta == 0 else step.mean + step.std * randn(x.shape, generator, x.device)
         yield step, x
 
