@@ -27,7 +27,7 @@ def test_experts_are_judged_at_each_noise_and_plotted(tmp_path: Path, capsys: py
     assert failed["lift", 0.0] == []
     assert result["command"].startswith("flowsteer bench experts 'tasks=[arm_lift,lift]' episodes=2 seed=3 ")
     assert (tmp_path / "experts.png").stat().st_size > 0
-    assert "1 (0.3424 to 1)" in capsys.readouterr().out
+    assert "1 (0.342 to 1)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

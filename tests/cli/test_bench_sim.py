@@ -30,7 +30,7 @@ def test_every_contender_gets_a_row_and_the_plot_is_drawn(tmp_path: Path, capsys
         assert row["x_async"] == pytest.approx(row["env_steps_per_s"] / rates["gymnasium async"], rel=2e-3)
         assert "x_robosuite" not in row
     assert (tmp_path / "sim.png").stat().st_size > 0
-    assert "x_async" in capsys.readouterr().out
+    assert "x async" in capsys.readouterr().out
 
 
 def test_the_bare_physics_does_again_what_the_back_end_did() -> None:
