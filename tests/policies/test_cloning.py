@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -265,37 +262,27 @@ def test_an_unfitted_normaliser_cannot_be_trained(make_policy: Callable[..., Pol
         Cloning(policy, CONFIG, make_batches(4), 4)
 
 
-PREAMBLE = """
-import importlib.util, json, sys
-from functools import partial
-from pathlib import Path
-from accelerate import Accelerator
-import torch
-torch.set_num_threads(1)
-spec = importlib.util.spec_from_file_location("kit", sys.argv[1])
-kit = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(kit)
+TRAIN = """
 from flowsteer.policies.cloning import Cloning
 from flowsteer.policies.cloning_config import CloningConfig
-accelerator = Accelerator(cpu=True)
-rank, processes = accelerator.process_index, accelerator.num_processes
-"""
 
-TRAIN = """
 config = CloningConfig(steps=5, warmup_steps=1, precision="float32", log_every=1, save_every=0)
-run = Cloning(kit._make_policy(sys.argv[2]), config, kit.FakeBatches(16, rank, processes), 16, accelerator=accelerator)
-rows = []
+run = Cloning(kit._make_policy(family), config, kit.FakeBatches(16, rank, processes), 16, accelerator=accelerator)
+losses = []
 class Log:
-    def log(self, step, values): rows.append(values["train/loss"])
+    def log(self, step, values): losses.append(values["train/loss"])
 run.train(Log())
-if accelerator.is_main_process:
-    print(json.dumps([processes, rows, [p.double().sum().item() for p in run.ema.average.parameters()]]))
+result = [losses, [p.double().sum().item() for p in run.ema.average.parameters()]]
 """
 
 RESUME = """
+from functools import partial
+from flowsteer.policies.cloning import Cloning
+from flowsteer.policies.cloning_config import CloningConfig
 from flowsteer.policies.denoising import FlowPolicy
 from flowsteer.policies.random_state import seed_everything
-folder = Path(sys.argv[2])
+
+folder = Path(folder) / "run"
 config = CloningConfig(steps=6, warmup_steps=1, precision="float32")
 describe = {"policy": {}, "spec": kit.SPEC.to_dict()}
 def make(seed):
@@ -320,36 +307,19 @@ resumed = make(99)
 resumed.resume(folder)
 drawn.append(update(resumed, 3))
 equal = all(torch.equal(p, q) for p, q in zip(whole.policy.parameters(), resumed.policy.parameters()))
-if accelerator.is_main_process:
-    print(json.dumps([equal, drawn]))
+result = [equal, drawn]
 """
 
 
-def last_line(script: Path, processes: int, *arguments: str) -> Any:
-    """The JSON that a script prints at its end, run with the kit of conftest.py in so many processes."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    kit = str(Path(__file__).with_name("conftest.py"))
-    command = [sys.executable, *(launch if processes > 1 else []), str(script), kit, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
 @pytest.mark.parametrize("family", ["diffusion"], indirect=True)
-def test_two_processes_equal_one_with_the_double_batch(family: str, tmp_path: Path) -> None:
-    script = tmp_path / "worker.py"
-    script.write_text(PREAMBLE + TRAIN)
-    (one, losses, weights), (two, shared_losses, shared_weights) = (last_line(script, n, family) for n in (1, 2))
-    assert (one, two) == (1, 2)
+def test_two_processes_equal_one_with_the_double_batch(family: str, run_processes: Callable[..., Any]) -> None:
+    (losses, weights), (shared_losses, shared_weights) = (run_processes(TRAIN, n, family=family) for n in (1, 2))
     assert shared_losses == pytest.approx(losses, rel=1e-5)
     assert shared_weights == pytest.approx(weights, rel=1e-4, abs=1e-4)
 
 
-def test_two_processes_resume_each_with_its_own_noise(tmp_path: Path) -> None:
-    script = tmp_path / "worker.py"
-    script.write_text(PREAMBLE + RESUME)
-    equal, (before, whole, resumed) = last_line(script, 2, str(tmp_path / "run"))
+def test_two_processes_resume_each_with_its_own_noise(run_processes: Callable[..., Any]) -> None:
+    equal, (before, whole, resumed) = run_processes(RESUME, 2)
     assert len({*before, *whole}) == 4, "dropout and noise on observations differ between processes and steps"
     assert resumed == whole
     assert equal

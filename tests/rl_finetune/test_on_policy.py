@@ -1,11 +1,7 @@
 import itertools
-import json
 import os
 import signal
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -325,23 +321,13 @@ def test_hyper_parameters_out_of_range_are_refused(options, message):
     assert str(error.value) == message
 
 
-WORKER = """
-import importlib.util, json, sys, torch
-from accelerate import Accelerator
-from flowsteer.rl_finetune.on_policy_config import OnPolicyConfig
-from flowsteer.sim.backends import BACKENDS
+UPDATE = """
 from flowsteer.rl_finetune.critic import Critic
 from flowsteer.rl_finetune.gaussian_ppo import GaussianPPO
 from flowsteer.rl_finetune.on_policy import OnPolicy
+from flowsteer.rl_finetune.on_policy_config import OnPolicyConfig
 from flowsteer.rl_finetune.rollout import Episodes, Rollout, collect
 from flowsteer.sim.backends import BACKENDS
-
-torch.set_num_threads(1)
-spec = importlib.util.spec_from_file_location("kit", sys.argv[1])
-kit = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(kit)
-accelerator = Accelerator(cpu=True)
-rank, processes = accelerator.process_index, accelerator.num_processes
 
 env = BACKENDS["gym"](kit.Aim(), 8, 1, workers=0, device="cpu")
 config = OnPolicyConfig(decisions=6, epochs=1, batch_size=10**6, critic_batch_size=10**6, critic_warmup=0)
@@ -354,26 +340,11 @@ part = Rollout(half(rollout.obs), half(rollout.final_obs), half(rollout.memory),
                rollout.terminated[:, mine], rollout.ended[:, mine], rollout.kept[:, mine])
 numbers = loop.update(part, critic_alone=False)
 weights = [p.double().sum().item() for p in [*loop.algorithm.policy.parameters(), *loop.critic.parameters()]]
-if rank == 0:
-    print(json.dumps([processes, weights, numbers["train/reward_std"], numbers["train/advantage_std"]]))
-accelerator.end_training()
+result = [weights, numbers["train/reward_std"], numbers["train/advantage_std"]]
 """
 
 
-def told_by(script, processes):
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    kit = str(Path(__file__).with_name("conftest.py"))
-    command = [sys.executable, *(launch if processes > 1 else []), str(script), kit]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def test_two_processes_learn_what_one_learns_from_all_their_episodes(tmp_path):
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    (one, weights, *numbers), (two, shared_weights, *shared_numbers) = (told_by(script, n) for n in (1, 2))
-    assert (one, two) == (1, 2)
+def test_two_processes_learn_what_one_learns_from_all_their_episodes(run_processes):
+    (weights, *numbers), (shared_weights, *shared_numbers) = (run_processes(UPDATE, n) for n in (1, 2))
     assert shared_numbers == pytest.approx(numbers, rel=1e-5)
     assert shared_weights == pytest.approx(weights, rel=1e-4, abs=1e-4)
