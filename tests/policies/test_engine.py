@@ -3,6 +3,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from flowsteer.datasets.key_statistics import KeyStatistics
 from flowsteer.policies import engine
@@ -15,6 +16,8 @@ from flowsteer.policies.engine import compile_act
 from flowsteer.policies.errors import PolicyError
 from flowsteer.policies.gaussian import GaussianPolicy
 from flowsteer.policies.networks.residual_mlp import ResidualMLP
+from flowsteer.policies.networks.unet1d import ConditionalUnet1d
+from flowsteer.policies.short_convolutions import Windows
 from flowsteer.policies.spec import ArraySpec, PolicySpec
 
 SPEC = PolicySpec({"state": ArraySpec((3,)), "finger": ArraySpec((2,))}, 2, 2, 6, 3, 10.0)
@@ -87,6 +90,28 @@ def test_compiled_engines_are_the_policy_within_their_tolerance(family, sizes, q
                 assert act(observed(batch)).shape == (batch, 3, 2)
             assert act.chosen.name == "compiled"
             assert act.chosen.error < 1e-4
+
+
+def test_a_long_chunk_is_compiled_step_by_step(monkeypatch, quick_compiler):
+    monkeypatch.setattr(engine, "LONGEST_PROGRAM", 5)
+    policy = fitted(FAMILIES["ddpm"])
+    act = compile_act(policy, engine="compiled")
+    assert "forward" not in vars(policy.network), "the policy itself stays as it is"
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for seed in range(3):
+            obs = observed(1, seed=seed)
+            torch.testing.assert_close(act(obs, generator=seeded(seed)), policy.act(obs, generator=seeded(seed)))
+
+
+@pytest.mark.parametrize(("slow", "taken"), [(nn.Conv1d, Windows), (Windows, nn.Conv1d)])
+def test_short_convolutions_are_products_where_those_are_faster(monkeypatch, slow, taken):
+    policy = fitted(partial(FlowPolicy, encoder=LowDim, network=partial(ConditionalUnet1d, widths=(8, 16)), steps=2))
+    forward = slow.forward
+    monkeypatch.setattr(slow, "forward", lambda *args: (torch.linalg.svd(torch.eye(100)), forward(*args))[1])
+    act = compile_act(policy, engine="eager")
+    kinds = {type(module) for module in act._policy.modules()}
+    assert kinds & {nn.Conv1d, Windows} == {taken}
+    torch.testing.assert_close(act(observed(1), generator=seeded(0)), policy.act(observed(1), generator=seeded(0)))
 
 
 def test_the_fastest_of_what_was_measured_is_taken(monkeypatch):
