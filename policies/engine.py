@@ -38,7 +38,7 @@ DTYPES: dict[str, tuple[torch.dtype, ...]] = {
 }
 REPEATS = 30
 LONGEST_PROGRAM = 500
-"""Layers, those of every step counted, with which compiling takes longer: 330 in ten steps of the MLP, 1,000 of a U-Net."""
+"""Layers, those of every step counted, for which it compiles: 330 in ten steps of the MLP, 1,000 of a U-Net."""
 
 
 @final
