@@ -38,7 +38,7 @@ DTYPES: dict[str, tuple[torch.dtype, ...]] = {
 }
 REPEATS = 30
 LONGEST_PROGRAM = 500
-"""Layers, those of every step counted, for which it compiles: 330 in ten steps of the MLP, 1,000 of a U-Net."""
+"""Most layers in one program, those of every step counted: ten steps of the MLP have 330, of the U-Net 1,000."""
 
 
 @final
