@@ -8,13 +8,12 @@ export OMP_NUM_THREADS=1
 judge() { flowsteer eval checkpoint="$1" episodes=100 seed=10000 out="$1/$2" "${@:3}"; }
 
 every_step=horizon.execution_steps=1
-judge "$run" eval-sync
-judge "$run" eval-sync-every-step $every_step
+judge "$run" eval-every-step $every_step
 flowsteer rti checkpoint="$run" episodes=50
 judge "$run" eval-rti execution=rti
 flowsteer rti checkpoint="$run" episodes=50 $every_step
 judge "$run" eval-rti-every-step execution=rti $every_step
 
 flowsteer distill checkpoint="$run" steps=1 train.steps=1000 train.warmup_steps=100 train.evaluate_every=0 seed="$seed" out="$run-1"
-judge "$run-1" eval-sync
-judge "$run-1" eval-sync-every-step $every_step
+judge "$run-1" eval-100x10000
+judge "$run-1" eval-every-step $every_step
