@@ -36,7 +36,8 @@ def test_processes_of_torchrun_find_each_other(tmp_path: Path) -> None:
         "from flowsteer.cli.devices import find_processes\n"
         "for device in ('auto', 'cpu'):\n"
         "    a = find_processes(device)\n"
-        "    told = f'{device}: rank {a.process_index} of {a.num_processes}, {a.gather(torch.ones(1)).sum():g} met\\n'\n"
+        "    met = a.gather(torch.ones(1)).sum()\n"
+        "    told = f'{device}: rank {a.process_index} of {a.num_processes}, {met:g} met\\n'\n"
         "    sys.stdout.write(told)\n"  # One write: lines stay whole.
         "    a.end_training()\n"
         "    AcceleratorState._reset_state(reset_partial_state=True)\n"
