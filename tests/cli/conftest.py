@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from flowsteer.cli.main import main
 from flowsteer.datasets.replay_buffer import ReplayBuffer
 from flowsteer.datasets.zarr_store import write_zarr
+from flowsteer.sim.spec import TaskSpec
 
 TINY = (
     "policy.network.hidden=16",
@@ -50,13 +52,30 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_zarr(ReplayBuffer(data, ends), tmp_path_factory.mktemp("demonstrations") / "push.zarr")
 
 
+@contextmanager
+def _short_episodes() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "flowsteer.sim.tasks.pusht.TaskSpec", lambda **options: TaskSpec(**options | {"max_episode_steps": 40})
+        )
+        yield
+
+
+@pytest.fixture(scope="module")
+def short_episodes() -> Iterator[None]:
+    """Push-T ends after 40 steps instead of 300, whose physics and video take seconds."""
+    with _short_episodes():
+        yield
+
+
 @pytest.fixture(scope="session")
 def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with 4 steps and an evaluation."""
     pytest.importorskip("gym_pusht")
     folder = tmp_path_factory.mktemp("runs") / "trained"
     options = ("train.steps=4", "train.evaluate_every=4", "train.validate_every=2", "eval.episodes=2", "eval.videos=1")
-    assert main(["train", f"dataset={dataset}", f"out={folder}", *TINY, *options]) == 0
+    with _short_episodes():
+        assert main(["train", f"dataset={dataset}", f"out={folder}", *TINY, *options]) == 0
     return folder
 
 

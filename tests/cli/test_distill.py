@@ -32,6 +32,8 @@ SHORT = (
     "device=cpu",
 )
 
+pytestmark = pytest.mark.usefixtures("short_episodes")
+
 
 def distill(*args: object) -> int:
     return main(["distill", *map(str, args)])
@@ -46,7 +48,7 @@ def refused(capsys: pytest.CaptureFixture[str], *args: object, code: int) -> str
 
 
 @pytest.fixture(scope="module")
-def distilled(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def distilled(short_episodes: None, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A one-step student, judged on the way and at the end."""
     folder = tmp_path_factory.mktemp("distilled") / "run"
     judged = ("train.evaluate_every=4", "train.validate_every=2")

@@ -14,6 +14,8 @@ from flowsteer.policies.policy import Policy
 from flowsteer.sim.evaluate import Evaluation, evaluate
 from flowsteer.sim.vec_env import VecEnv
 
+pytestmark = pytest.mark.usefixtures("short_episodes")
+
 
 def error_of(capsys: pytest.CaptureFixture[str], *args: str, code: int) -> str:
     capsys.readouterr()

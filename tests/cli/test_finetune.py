@@ -26,6 +26,8 @@ SHORT = (
 SMALL = ("horizon.observation_steps=1", "horizon.prediction_steps=4", "horizon.execution_steps=4", "eval.videos=0")
 HOPPER = ("task=hopper", "sim.backend=gym", *SMALL)
 
+pytestmark = pytest.mark.usefixtures("short_episodes")
+
 
 def finetune(*args):
     return main(["finetune", *map(str, args)])
@@ -39,7 +41,7 @@ def refused(capsys, *args, code):
 
 
 @pytest.fixture(scope="module")
-def tuned(trained, tmp_path_factory):
+def tuned(short_episodes, trained, tmp_path_factory):
     """A run on a cloned policy, judged before and after."""
     folder = tmp_path_factory.mktemp("finetuned") / "run"
     judged = ("train.evaluate_every=100", "eval.episodes=2", "eval.videos=1")
