@@ -6,6 +6,7 @@ import runpy
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import pytest
@@ -21,8 +22,8 @@ torch.set_num_threads(1)
 if processes > 1:
     told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     os.environ.update({"OMP_NUM_THREADS": "1"}, **{name: str(value) for name, value in told.items()})
-meeting = InitProcessGroupKwargs(init_method=f"file://{folder}/meeting{processes}")
-accelerator = Accelerator(cpu=True, kwargs_handlers=[meeting])
+where = InitProcessGroupKwargs(init_method=f"file://{meeting}")
+accelerator = Accelerator(cpu=True, kwargs_handlers=[where])
 assert (accelerator.process_index, accelerator.num_processes) == (rank, processes)
 spec = importlib.util.spec_from_file_location("kit", kit)
 kit = importlib.util.module_from_spec(spec)
@@ -62,12 +63,13 @@ def run_processes(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..
     # They are forked from one process, since what they import takes seconds.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["accelerate", "torch._dynamo", "flowsteer.rl_finetune.on_policy"])
-    shared = {"kit": str(request.path.with_name("conftest.py")), "folder": str(tmp_path)}
+    kit = str(request.path.with_name("conftest.py"))
 
     def run(code: str, processes: int, **known: Any) -> Any:
-        script, answer = tmp_path / "worker.py", tmp_path / "result.json"
+        own = Path(mkdtemp(dir=tmp_path))
+        script, answer = own / "worker.py", own / "result.json"
         script.write_text(f"{FORKED}\n{code}\nif rank == 0: Path({str(answer)!r}).write_text(json.dumps(result))")
-        known |= shared | {"processes": processes}
+        known |= {"kit": kit, "processes": processes, "meeting": str(own / "meeting")}
         ranks = [{**known, "rank": rank} for rank in range(processes)]
         workers = [context.Process(target=runpy.run_path, args=(str(script), names), daemon=True) for names in ranks]
         for worker in workers:

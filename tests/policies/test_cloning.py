@@ -282,7 +282,7 @@ from flowsteer.policies.cloning_config import CloningConfig
 from flowsteer.policies.denoising import FlowPolicy
 from flowsteer.policies.random_state import seed_everything
 
-folder = Path(folder) / "run"
+folder = Path(run)
 config = CloningConfig(steps=6, warmup_steps=1, precision="float32")
 describe = {"policy": {}, "spec": kit.SPEC.to_dict()}
 def make(seed):
@@ -318,8 +318,8 @@ def test_two_processes_equal_one_with_the_double_batch(family: str, run_processe
     assert shared_weights == pytest.approx(weights, rel=1e-4, abs=1e-4)
 
 
-def test_two_processes_resume_each_with_its_own_noise(run_processes: Callable[..., Any]) -> None:
-    equal, (before, whole, resumed) = run_processes(RESUME, 2)
+def test_two_processes_resume_each_with_its_own_noise(run_processes: Callable[..., Any], tmp_path: Path) -> None:
+    equal, (before, whole, resumed) = run_processes(RESUME, 2, run=str(tmp_path / "run"))
     assert len({*before, *whole}) == 4, "dropout and noise on observations differ between processes and steps"
     assert resumed == whole
     assert equal
