@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -40,6 +41,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *args: str, code: int = 2) -> s
     assert main(["train", *args]) == code
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1, captured.err
+    assert captured.err.startswith("error: "), captured.err
     return captured.err.removeprefix("error: ").rstrip("\n")
 
 
@@ -352,21 +354,19 @@ def test_evaluation_needs_a_task(
 
 
 def test_a_full_disk_is_one_line_and_nothing_half_written_stays(
-    dataset: Path, tmp_path: Path, environment: dict[str, str], tiny: tuple[str, ...]
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny: tuple[str, ...]
 ) -> None:
     """A limit on the size of files stands for the full disk: the log fits, the checkpoint does not."""
     run = tmp_path / "run"
-    options = ["train", f"dataset={dataset}", f"out={run}", *tiny, "train.steps=2", "policy.network.hidden=128"]
-    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))"
-    code = f"{limit}; from flowsteer.cli.main import main; sys.exit(main(sys.argv[1:]))"
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", code, *options], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1, done.stderr
-    assert done.stderr.startswith("error: "), done.stderr
-    assert "File too large" in done.stderr
-    assert str(run) in done.stderr
-    assert done.stderr.count("\n") == 1, done.stderr
+    options = [f"dataset={dataset}", f"out={run}", *tiny, "train.steps=2", "policy.network.hidden=128"]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    try:
+        told = error_of(capsys, *options, code=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in told
+    assert str(run) in told
     assert not (run / "last").exists()
     assert list((run / "checkpoints").iterdir()) == []
 
