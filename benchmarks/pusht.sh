@@ -15,5 +15,5 @@ export OMP_NUM_THREADS=1
 # shellcheck disable=SC2086 # one option a word
 flowsteer train task=pusht_features dataset=data/pusht/pusht_cchi_v7_replay.zarr policy="$policy" seed="$seed" out="$run" \
     data.mirror=true data.hindsight=true policy.relative_to=agent_position 'policy.normalizers={action: mean_std}' \
-    horizon.observation_steps=1 train.evaluate_every=2500 ${own[$policy]} "$@"
+    horizon.observation_steps=1 train.evaluate_every=2500 ${own[$policy]:?is for no policy of that name} "$@"
 flowsteer eval checkpoint="$run" episodes=100 seed=10000

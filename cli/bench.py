@@ -127,6 +127,10 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, Mapping):
-        mean, low, high = (format(number, ".3g") for number in value.values())
+        mean, low, high = map(_short, value.values())
         return f"{mean} ({low} to {high})"
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"

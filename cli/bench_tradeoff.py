@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any, final
 
@@ -19,8 +20,8 @@ from flowsteer.sim.plots import save_figure
 from flowsteer.sim.results import EVAL_JSON
 
 SCORES = ("max_reward", "success")
-ALIKE = ("policy", "steps", "execution", "execution_steps")
-"""Evaluations that differ in none of them differ in the seed of training."""
+ALIKE = ("task", "policy", "steps", "evaluation", "execution", "execution_steps")
+"""Evaluations that differ in none of them differ in the seed of training, and in what was chosen for each."""
 MARKERS = "osD^v<>P"
 
 
@@ -58,13 +59,18 @@ def _evaluations(folder: Path, names: list[str]) -> list[Run]:
     if not found:
         raise UsageError(f"{folder} holds none of {', '.join(names)}: make one with flowsteer eval checkpoint={folder}")
     stored = read_config(folder)
-    return [_evaluation(stored, judged(folder, name)) for name in found]
+    return [_evaluation(folder, name, stored) for name in found]
 
 
-def _evaluation(stored: Mapping[str, Any], result: Mapping[str, Any]) -> Run:
-    policy = stored["policy"]
+def _evaluation(folder: Path, name: str, stored: Mapping[str, Any]) -> Run:
+    policy, result = stored["policy"], judged(folder, name)
+    if result["network_evaluations"] is None:
+        raise UsageError(
+            f"{folder} holds a {target_name(policy)}, which runs no network K times: leave it out of runs="
+        )
     return {
         "task": result["task"],
+        "evaluation": name,
         "policy": target_name(policy),
         "steps": policy.get("steps"),
         "seed": stored["seed"],
@@ -81,7 +87,7 @@ def _row(runs: list[Run]) -> dict[str, Any]:
     """A policy under one execution, over its training seeds."""
     first, evaluations = runs[0], float(np.mean([run["network_evaluations"] for run in runs]))
     return {
-        **{name: first[name] for name in ("policy", "execution", "execution_steps")},
+        **{name: first[name] for name in ("policy", "steps", "execution", "execution_steps")},
         "seeds": len(runs),
         "network_evaluations": evaluations,
         **{score: spread([run[score]["mean"] for run in runs]) for score in SCORES},
@@ -93,12 +99,12 @@ def plot(result: Mapping[str, Any], file: Path) -> None:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     groups = grouped(result["runs"], *ALIKE)
     colors = {policy: f"C{n}" for n, policy in enumerate(dict.fromkeys(runs[0]["policy"] for runs in groups))}
-    markers = dict(zip(dict.fromkeys(_execution(runs[0]) for runs in groups), MARKERS, strict=False))
+    markers = dict(zip(dict.fromkeys(_execution(runs[0]) for runs in groups), cycle(MARKERS), strict=False))
     for axes, score in zip(figure.subplots(1, len(SCORES)), SCORES, strict=True):
         for runs in groups:
             execution = _execution(runs[0])
             x, y = [run["network_evaluations"] for run in runs], [run[score]["mean"] for run in runs]
-            label = f"{runs[0]['policy']}, {execution}"
+            label = f"{runs[0]['policy']}, K = {runs[0]['steps']}, {execution}"
             axes.plot(x, y, markers[execution], color=colors[runs[0]["policy"]], alpha=0.7, label=label)
         axes.set(xlabel="network evaluations per decision", ylabel=score.replace("_", " "), xscale="log")
         axes.grid(alpha=0.3, which="both")

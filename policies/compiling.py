@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from flowsteer.policies.errors import PolicyError
+
+Part = TypeVar("Part", bound=nn.Module)
 
 
 def compiled(module: nn.Module, device: torch.device) -> Callable[..., Any]:
@@ -22,7 +25,7 @@ def compiled(module: nn.Module, device: torch.device) -> Callable[..., Any]:
             "train.compile=true: torch.compile has no second derivatives, by which this policy learns: "
             "leave it train.compile=false"
         )
-    _check(device)
+    _start_anew(device)
     forward: Callable[..., Any] = torch.compile(module)
     return forward
 
@@ -33,12 +36,22 @@ def compile_in_place(module: nn.Module, device: torch.device) -> None:
     Raises:
         PolicyError: this machine cannot compile for `device`.
     """
-    _check(device)
+    _start_anew(device)
     module.compile(dynamic=True)
 
 
-def _check(device: torch.device) -> None:
-    """Compile next to nothing: it takes what a policy takes, a compiler, Python's headers and, on a GPU, Triton."""
+def uncompiled(module: Part) -> Part:
+    """The same weights in modules of their own, which stay as they are when those of `module` are compiled."""
+    twin = copy.copy(module)
+    twin._modules = {name: child and uncompiled(child) for name, child in module._modules.items()}
+    return twin
+
+
+def _start_anew(device: torch.device) -> None:
+    """Forget what was compiled, and compile next to nothing.
+
+    It takes what a policy takes: a compiler, Python's headers and, on a GPU, Triton.
+    """
     # What earlier runs of this process compiled counts against a limit, past which torch silently does not compile.
     torch.compiler.reset()
     try:

@@ -37,7 +37,7 @@ DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "auto": (torch.float32, torch.bfloat16),
 }
 REPEATS = 30
-LONGEST_PROGRAM = 500
+LONGEST_PROGRAM = 700
 """Most layers in one program, those of every step counted: ten steps of the MLP have 330, of the U-Net 1,000."""
 
 
@@ -149,8 +149,8 @@ def _compiled(policy: Policy, dtype: torch.dtype) -> Run:
     if not isinstance(policy, DenoisingPolicy) or _length(policy) <= LONGEST_PROGRAM:
         return _program(_eager(policy, dtype), policy)
     policy = copy.deepcopy(policy)
-    for module, method in ((policy, "features"), (policy.network, "forward")):
-        setattr(module, method, _program(getattr(module, method), policy))
+    for method in ("features", "_a_hat"):
+        setattr(policy, method, _program(getattr(policy, method), policy))
     return _eager(policy, dtype)
 
 
@@ -252,8 +252,10 @@ def _best_threads(policy: Policy, data: _Trial) -> int:
 
 def _best_form(policy: Policy, data: _Trial) -> Policy:
     """With matrix products for short convolutions, where a processor is faster at them."""
+    if _device(policy).type != "cpu":
+        return policy
     changed = copy.deepcopy(policy)
-    if _device(policy).type != "cpu" or not with_products(changed):
+    if not with_products(changed):
         return policy
     return min(policy, changed, key=lambda form: data.chunk_ms(_eager(form, torch.float32), REPEATS // 3))
 

@@ -91,7 +91,7 @@ def coefficients(path: Path, t: Tensor, s: Tensor, eta: float) -> tuple[Tensor, 
 
 
 def transition(path: Path, x_t: Tensor, a_hat: Tensor, t: Tensor, s: Tensor, eta: float) -> Gaussian:
-    """The distribution of x_s, for `coefficients`.
+    """The step from time t to s < t as a Gaussian over x_s, see `coefficients`.
 
     Args:
         path: the path that x_t lies on.

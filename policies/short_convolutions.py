@@ -1,47 +1,48 @@
-"""Convolutions over few steps as matrix products, which a processor finishes in half the time."""
+"""Convolutions over few steps as matrix products, which a processor finishes sooner."""
 
 from __future__ import annotations
 
-from typing import final
+from typing import Any, final
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 
 def with_products(module: nn.Module) -> int:
-    """Put matrix products in the place of all convolutions over one dimension within `module`; says of how many."""
+    """Put matrix products in the place of the plain convolutions over one dimension in `module`; says of how many."""
     changed = 0
     for name, child in module.named_children():
-        product = next((kind(child) for kind in KINDS if kind.takes(child)), None)
-        if product is None:
-            changed += with_products(child)
-        else:
-            setattr(module, name, product)
+        if _plain(child):
+            setattr(module, name, PRODUCTS[type(child)](child))
             changed += 1
+        else:
+            changed += with_products(child)
     return changed
 
 
-def _plain(module: nn.Conv1d | nn.ConvTranspose1d) -> bool:
+def _plain(module: Any) -> bool:
     """Whether it pads with as many zeros as it says, and mixes all channels of neighbouring steps."""
-    return module.groups == 1 and module.dilation == (1,) and module.padding_mode == "zeros"
+    return (
+        type(module) in PRODUCTS
+        and module.groups == 1
+        and module.dilation == (1,)
+        and module.padding_mode == "zeros"
+        and not isinstance(module.padding, str)
+    )
 
 
 @final
 class Windows(nn.Module):
-    """An `nn.Conv1d`: each window of steps times the same matrix."""
+    """A plain `nn.Conv1d`: each window of steps times the same matrix."""
 
-    def __init__(self, convolution: nn.Module) -> None:
+    def __init__(self, convolution: Any) -> None:
         super().__init__()
-        assert isinstance(convolution, nn.Conv1d)
-        (self.kernel,), (self.stride,) = convolution.kernel_size, convolution.stride
-        assert not isinstance(convolution.padding, str)
-        (self.padding,) = convolution.padding
-        self.weight, self.bias = nn.Parameter(convolution.weight.flatten(1)), convolution.bias
-
-    @staticmethod
-    def takes(module: nn.Module) -> bool:
-        """Whether it can stand for `module`."""
-        return isinstance(module, nn.Conv1d) and _plain(module) and not isinstance(module.padding, str)
+        (self.kernel,), (self.stride,), (self.padding,) = (
+            convolution.kernel_size,
+            convolution.stride,
+            convolution.padding,
+        )
+        self.weight, self.bias = _parameter(convolution.weight.flatten(1), convolution), convolution.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, T] -> [B, C', T']."""
@@ -51,20 +52,14 @@ class Windows(nn.Module):
 
 @final
 class OverlappingSums(nn.Module):
-    """An `nn.ConvTranspose1d`: each step times a matrix, and what falls on the same step is added."""
+    """A plain `nn.ConvTranspose1d`: each step times a matrix, and what falls on the same step is added."""
 
-    def __init__(self, convolution: nn.Module) -> None:
+    def __init__(self, convolution: Any) -> None:
         super().__init__()
-        assert isinstance(convolution, nn.ConvTranspose1d)
         (self.kernel,), (self.stride,) = convolution.kernel_size, convolution.stride
-        assert not isinstance(convolution.padding, str)
         (self.padding,), (self.longer,) = convolution.padding, convolution.output_padding
-        self.weight, self.bias = nn.Parameter(convolution.weight.flatten(1).t().contiguous()), convolution.bias
-
-    @staticmethod
-    def takes(module: nn.Module) -> bool:
-        """Whether it can stand for `module`."""
-        return isinstance(module, nn.ConvTranspose1d) and _plain(module)
+        self.weight = _parameter(convolution.weight.flatten(1).t().contiguous(), convolution)
+        self.bias = convolution.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, T] -> [B, C', T']."""
@@ -75,4 +70,11 @@ class OverlappingSums(nn.Module):
         return out if self.bias is None else out + self.bias[:, None]
 
 
-KINDS = (Windows, OverlappingSums)
+def _parameter(weight: Tensor, convolution: Any) -> nn.Parameter:
+    return nn.Parameter(weight, requires_grad=convolution.weight.requires_grad)
+
+
+PRODUCTS: dict[type[nn.Module], type[Windows | OverlappingSums]] = {
+    nn.Conv1d: Windows,
+    nn.ConvTranspose1d: OverlappingSums,
+}

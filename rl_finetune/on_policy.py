@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flowsteer.policies import checkpoint
 from flowsteer.policies.cloning import Evaluate, Log
-from flowsteer.policies.compiling import compile_in_place
+from flowsteer.policies.compiling import compile_in_place, uncompiled
 from flowsteer.policies.optimizer_state import pack_optimizer, unpack_optimizer
 from flowsteer.policies.signals import StopRequest
 from flowsteer.rl_finetune.algorithm import Algorithm
@@ -80,9 +80,11 @@ class OnPolicy:
         accelerator = accelerator or Accelerator(cpu=env.device.type == "cpu")
         self.processes = Processes(accelerator)
         self.algorithm, self.critic = algorithm.to(accelerator.device).eval(), critic.to(accelerator.device)
-        if config.compile:
-            compile_in_place(algorithm.network, accelerator.device)
         self.acting = algorithm.acting().eval()
+        if config.compile:
+            # Who judges counts the network's evaluations by a hook, which a compiled network does not call.
+            self.acting = uncompiled(self.acting)
+            compile_in_place(algorithm.network, accelerator.device)
         self.env, self.config, self.folder, self.describe = env, config, folder, dict(describe or {})
         self.seed, self.generator = seed, torch.Generator()
         self.decisions = config.decisions * env.num_envs * self.processes.count

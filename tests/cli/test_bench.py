@@ -42,6 +42,12 @@ def test_every_benchmark_has_help_and_an_unknown_one_its_nearest(capsys: pytest.
     assert capsys.readouterr().err.startswith("error: command 'loadr' is unknown; nearest: loader (known: ")
 
 
+def test_large_numbers_are_told_in_full(capsys: pytest.CaptureFixture[str]) -> None:
+    print_rows("returns", [{"return": {"mean": 2967.4, "low": 999.4, "high": 3038.0}, "env_steps": 2.02e6}])
+    out = capsys.readouterr().out
+    assert "2,967 (999 to 3,038)" in out
+
+
 def test_a_table_for_a_file_has_a_line_for_each_row_however_wide(capsys: pytest.CaptureFixture[str]) -> None:
     scores = {"mean": 0.76543, "low": 0.65432, "high": 0.87654}
     print_rows("wide", [{f"score_{n}": scores for n in range(8)} | {"name": "a", "nothing": None}] * 2)

@@ -20,7 +20,9 @@ def make_run(folder: Path, seed: int, policy: dict[str, object]) -> Path:
     return folder
 
 
-def judge(run: Path, name: str, score: float, execution: str, evaluations: float, execution_steps: int = 4) -> None:
+def judge(
+    run: Path, name: str, score: float, execution: str, evaluations: float | None, execution_steps: int = 4
+) -> None:
     interval = {"mean": score, "low": 0.0, "high": 1.0}
     result = {
         "task": "pusht",
@@ -69,13 +71,29 @@ def test_policies_of_different_steps_are_different_rows(tmp_path: Path) -> None:
     for run in runs:
         judge(run, "eval-100x10000", 0.5, "sync", 1.0)
     assert bench(tmp_path / "out", runs) == 0
-    assert len(json.loads((tmp_path / "out" / "tradeoff.json").read_text())["rows"]) == 2
+    rows = json.loads((tmp_path / "out" / "tradeoff.json").read_text())["rows"]
+    assert [row["steps"] for row in rows] == [1, 4]
+
+
+def test_two_settings_of_one_run_are_no_two_seeds(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 0, {"_target_": "flowsteer.x.FlowPolicy", "steps": 10})
+    names = [f"rti{n}" for n in range(12)]
+    for name in names:
+        judge(run, name, 0.5, "rti", 1.0, execution_steps=int(name[3:]))
+    judge(run, "other", 0.25, "rti", 2.0, execution_steps=0)
+    assert bench(tmp_path / "out", [run], f"judged=[{','.join(names)},other]") == 0
+    rows = json.loads((tmp_path / "out" / "tradeoff.json").read_text())["rows"]
+    assert [row["seeds"] for row in rows] == 13 * [1]
 
 
 def test_a_run_that_nobody_judged_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "run", 0, {"_target_": "flowsteer.policies.x.FlowPolicy"})
     assert bench(tmp_path / "out", [run], "judged=[sync,rti]") == 2
     assert f"{run} holds none of sync, rti: make one with flowsteer eval checkpoint={run}" in capsys.readouterr().err
+    gaussian = make_run(tmp_path / "gaussian", 0, {"_target_": "flowsteer.policies.x.GaussianPolicy"})
+    judge(gaussian, "sync", 0.5, "sync", None)
+    assert bench(tmp_path / "out", [gaussian], "judged=[sync]") == 2
+    assert f"{gaussian} holds a GaussianPolicy, which runs no network K times: leave" in capsys.readouterr().err
     assert bench(tmp_path / "out", []) == 2
     assert "runs= is missing" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -30,7 +30,7 @@ def loop():
 
 def test_the_result_has_all_contenders(quick_compiler, tmp_path, capsys):
     pytest.importorskip("mujoco")
-    options = [f"{name}={value}" for name, value in SMALL.items()]
+    options = [f"{name}={value}" for name, value in SMALL.items()] + ["compile=true"]
     assert main(["bench", "update", *options, "device=cpu", f"out={tmp_path}"]) == 0
     told = json.loads((tmp_path / "update.json").read_text())
     ours, compiled, theirs = told["rows"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
@@ -117,15 +116,3 @@ def make_batches() -> type[FakeBatches]:
 def describe() -> Callable[[str], dict[str, Any]]:
     """Family -> what a checkpoint's config says of a policy from `make_policy`."""
     return lambda family: {"policy": CONFIGS[family], "spec": SPEC.to_dict()}
-
-
-@pytest.fixture
-def quick_compiler() -> Iterator[None]:
-    """Compile in this process and without vector instructions: to find which there are takes longer than to compile."""
-    if shutil.which("g++") is None:
-        pytest.skip("there is no C++ compiler: apt install g++")
-    from torch._inductor import config
-
-    with config.patch({"cpp.vec_isa_ok": False, "compile_threads": 1}):
-        yield
-    torch.compiler.reset()

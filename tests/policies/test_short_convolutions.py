@@ -45,6 +45,13 @@ def test_a_network_with_products_is_the_same_network() -> None:
     torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-4)
 
 
+def test_what_does_not_learn_does_not_learn_as_a_product() -> None:
+    for learns in (True, False):
+        holder = nn.Sequential(nn.Conv1d(2, 2, 3), nn.ConvTranspose1d(2, 2, 3)).requires_grad_(learns)
+        with_products(holder)
+        assert all(parameter.requires_grad == learns for parameter in holder.parameters())
+
+
 @pytest.mark.parametrize(
     "convolution",
     [

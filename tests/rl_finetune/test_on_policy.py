@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from flowsteer.policies.checkpoint import load_trainer, read_tensors
+from flowsteer.policies.counting import counting
 from flowsteer.rl_finetune.critic import Critic
 from flowsteer.rl_finetune.dppo import DPPO
 from flowsteer.rl_finetune.errors import FinetuneError
@@ -103,8 +104,11 @@ def test_a_minibatch_in_parts_is_the_same_minibatch(make_loop, name):
         torch.testing.assert_close(other_weight, weight, rtol=0, atol=2e-5)
 
 
-def test_a_compiled_run_learns_the_same_and_saves_plain_weights(quick_compiler, make_loop, tmp_path):
-    eager, compiled = (make_loop("ppo", folder=tmp_path / str(flag), compile=flag) for flag in (False, True))
+def test_a_compiled_run_learns_the_same_resumes_exactly_and_saves_plain_weights(quick_compiler, make_loop, tmp_path):
+    # A network of few kernels, which compiles soonest.
+    eager, compiled = (
+        make_loop("ppo", folder=tmp_path / str(flag), env_steps=300, compile=flag) for flag in (False, True)
+    )
     started = [weight.clone() for weight in compiled.algorithm.parameters()]
     assert compiled.algorithm.network._compiled_call_impl is not None
     assert eager.algorithm.network._compiled_call_impl is None
@@ -117,6 +121,22 @@ def test_a_compiled_run_learns_the_same_and_saves_plain_weights(quick_compiler, 
         assert not torch.equal(other, before)
     one, other = (read_tensors(tmp_path / str(flag) / "last" / "trainer.safetensors") for flag in (False, True))
     assert one.keys() == other.keys()
+    part = tmp_path / "part"
+    make_loop("ppo", folder=part, env_steps=150, compile=True).train(Record())
+    again = make_loop("ppo", folder=part, env_steps=300, compile=True)
+    again.resume(part)
+    again.train(Record())
+    for key, value in read_tensors(part / "last" / "trainer.safetensors").items():
+        torch.testing.assert_close(value, other[key], rtol=0, atol=0, msg=key)
+
+
+def test_the_network_of_a_compiled_run_is_counted_when_it_is_judged(quick_compiler, make_loop):
+    loop = make_loop("fpo", env_steps=100, compile=True)
+    loop.train(Record())
+    with counting(loop.acting) as counter:
+        loop.acting.act({"target": torch.zeros(3, 1, 2)})
+    assert counter.evaluations == 3 * 4
+    assert all(p is q for p, q in zip(loop.acting.parameters(), loop.algorithm.policy.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -322,6 +342,7 @@ def test_hyper_parameters_out_of_range_are_refused(options, message):
 
 
 UPDATE = """
+from flowsteer.policies.counting import counting
 from flowsteer.rl_finetune.critic import Critic
 from flowsteer.rl_finetune.gaussian_ppo import GaussianPPO
 from flowsteer.rl_finetune.on_policy import OnPolicy
