@@ -50,7 +50,7 @@ class LatencyBenchmark:
         steps: K, denoising steps.
         engines: "eager" and "compiled", see `compile_act`.
         dtypes: of the engines.
-        repeats: chunks that are timed, of each contender in turn.
+        repeats: chunks that are timed of each contender, ten in a turn.
         device: "auto" or "cpu".
     """
 
@@ -185,17 +185,21 @@ def _observation(policy: DenoisingPolicy) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _race(contenders: dict[str, Chunk], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each chunk; the contenders take turns, so that a disturbance meets all of them."""
+    """Seconds of each chunk; the contenders take turns, so that a disturbance meets all of them.
+
+    A turn is several chunks, of which the first count for nothing: they find what others left in the caches.
+    """
     taken: dict[str, list[float]] = {name: [] for name in contenders}
-    for number, noise in enumerate(_noises(repeats + WARM_UP, device)):
+    noises = list(_noises(COLD + WARM, device))
+    for _ in range(-(-repeats // WARM)):
         for name, chunk in contenders.items():
-            seconds = timed(partial(chunk, noise), device)[1]
-            if number >= WARM_UP:
-                taken[name].append(seconds)
+            seconds = [timed(partial(chunk, noise), device)[1] for noise in noises]
+            taken[name] += seconds[COLD:]
     return taken
 
 
-WARM_UP = 5
+COLD, WARM = 3, 10
+"""Chunks of a turn."""
 
 
 def _noises(count: int, device: torch.device) -> Iterator[Tensor]:

@@ -104,12 +104,17 @@ def plot(result: Mapping[str, Any], file: Path) -> None:
         for runs in groups:
             execution = _execution(runs[0])
             x, y = [run["network_evaluations"] for run in runs], [run[score]["mean"] for run in runs]
-            label = f"{runs[0]['policy']}, K = {runs[0]['steps']}, {execution}"
+            label = f"{_name(runs[0])}, {execution}"
             axes.plot(x, y, markers[execution], color=colors[runs[0]["policy"]], alpha=0.7, label=label)
         axes.set(xlabel="network evaluations per decision", ylabel=score.replace("_", " "), xscale="log")
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3, which="both")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
     save_figure(figure, file, dpi=110)
+
+
+def _name(run: Run) -> str:
+    return run["policy"] if run["steps"] is None else f"{run['policy']}, K = {run['steps']}"
 
 
 def _execution(run: Run) -> str:

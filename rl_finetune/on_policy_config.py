@@ -33,7 +33,7 @@ class OnPolicyConfig:
         scale_rewards: divide by the running deviation of the discounted return.
         target_kl: an iteration's update ends when the policy has moved this far.
         max_kl: the run ends, with the last checkpoint kept, when it has moved this far.
-        compile: run the policy's network through torch.compile, which takes a minute or two once.
+        compile: run the policy's network through torch.compile.
         measure_signal: compare the gradients of two halves of the environments, which costs one more minibatch.
         evaluate_every: iterations between evaluations on unseen seeds, 0 for none; the first comes before any update.
         save_every: iterations between checkpoints.
