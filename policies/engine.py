@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any, final
 
 import torch
@@ -115,9 +116,8 @@ def compile_act(
     runs = ENGINES if engine == "fastest" else {engine: pick(ENGINES, engine, "engine")}
     data = _Trial(frozen, batch)
     with torch.no_grad():
-        threads = _best_threads(frozen, data)
+        frozen, threads = _best_start(frozen, data)
         with _threads(threads):
-            frozen = _best_form(frozen, data)
             built = [
                 data.measure(name, kind, partial(make, frozen, kind))
                 for kind in pick(DTYPES, dtype, "dtype")
@@ -239,25 +239,24 @@ def frozen_copy(policy: Policy, steps: int | None) -> Policy:
     return frozen
 
 
-def _best_threads(policy: Policy, data: _Trial) -> int:
-    """Small products are slower on many threads than on one."""
-    if _device(policy).type != "cpu":
-        return torch.get_num_threads()
-    most, times = torch.get_num_threads(), {}
-    for threads in sorted({1, 2, most // 2, most} & set(range(1, most + 1))):
-        with _threads(threads):
-            times[threads] = data.chunk_ms(_eager(policy, torch.float32), REPEATS // 3)
-    return min(times, key=lambda threads: times[threads])
+def _best_start(policy: Policy, data: _Trial) -> tuple[Policy, int]:
+    """The form of the policy and the number of CPU threads with which it runs fastest, as it is.
 
-
-def _best_form(policy: Policy, data: _Trial) -> Policy:
-    """With matrix products for short convolutions, where a processor is faster at them."""
+    A processor may be faster with matrix products for short convolutions, and with one thread for small products.
+    """
+    most = torch.get_num_threads()
     if _device(policy).type != "cpu":
-        return policy
+        return policy, most
     changed = copy.deepcopy(policy)
-    if not with_products(changed):
-        return policy
-    return min(policy, changed, key=lambda form: data.chunk_ms(_eager(form, torch.float32), REPEATS // 3))
+    forms = [policy, changed] if with_products(changed) else [policy]
+    counts = sorted({1, 2, most // 2, most} & set(range(1, most + 1)))
+
+    def chunk_ms(choice: tuple[Policy, int]) -> float:
+        form, threads = choice
+        with _threads(threads):
+            return data.chunk_ms(_eager(form, torch.float32), REPEATS // 3)
+
+    return min(product(forms, counts), key=chunk_ms)
 
 
 def _fastest(built: Sequence[tuple[Candidate, Run]]) -> tuple[Candidate, Run]:
