@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from flowsteer.cli.bench import benchmark
 from flowsteer.cli.judged_runs import (
+    PLOTTED,
     SCORES,
     Run,
     by_step,
@@ -78,14 +79,14 @@ def _row(runs: list[Run]) -> dict[str, Any]:
         "policy": runs[0]["policy"],
         "seeds": len(runs),
         "minutes": float(np.mean([run["train_minutes"] for run in runs])),
-        **{score: spread([run[score]["mean"] for run in runs]) for score in SCORES[:2]},
+        **{score: spread([run[score]["mean"] for run in runs]) for score in PLOTTED},
     }
 
 
 def plot(result: Mapping[str, Any], file: Path) -> None:
     """Success and maximum reward of the evaluations during training, against minutes of training."""
     groups = {runs[0]["policy"]: runs for runs in grouped(result["runs"], "policy")}
-    plot_curves(groups, "train_minutes", SCORES[:2], "minutes of training", file)
+    plot_curves(groups, "train_minutes", PLOTTED, "minutes of training", file)
 
 
 main = benchmark(

@@ -16,14 +16,12 @@ from flowsteer.cli.bench import benchmark
 from flowsteer.cli.checks import check_not_negative, check_positive, check_seeds
 from flowsteer.cli.devices import find_device
 from flowsteer.cli.errors import UsageError
-from flowsteer.cli.judged_runs import check_runs
+from flowsteer.cli.judged_runs import PLOTTED, check_runs
 from flowsteer.cli.simulation import check_kept, find_task, judge, make_environments
 from flowsteer.configs.simulation import SimOptions
 from flowsteer.policies.checkpoint import load_policy, read_config
 from flowsteer.policies.ebt import EnergyPolicy
 from flowsteer.sim.plots import save_figure
-
-SCORES = ("max_reward", "success")
 
 
 @final
@@ -86,7 +84,7 @@ def _judged(run: Path, policy: EnergyPolicy, config: DictConfig) -> Iterator[dic
                 "run": str(run),
                 "most_steps": steps,
                 "mean_steps": result.network_evaluations,
-                **{score: getattr(result, score)._asdict() for score in SCORES},
+                **{score: getattr(result, score)._asdict() for score in PLOTTED},
                 "decision_ms": 1e3 * float(np.median(result.decision_s)),
             }
 
@@ -95,7 +93,7 @@ def plot(result: Mapping[str, Any], file: Path) -> None:
     """Scores against the mean number of gradient steps, a line per run."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     runs = list(dict.fromkeys(row["run"] for row in result["rows"]))
-    for axes, score in zip(figure.subplots(1, len(SCORES)), SCORES, strict=True):
+    for axes, score in zip(figure.subplots(1, len(PLOTTED)), PLOTTED, strict=True):
         for run in runs:
             rows = [row for row in result["rows"] if row["run"] == run]
             mean, low, high = (np.array([row[score][name] for row in rows]) for name in ("mean", "low", "high"))

@@ -14,12 +14,11 @@ from omegaconf import DictConfig
 
 from flowsteer.cli.bench import benchmark
 from flowsteer.cli.errors import UsageError
-from flowsteer.cli.judged_runs import Run, check_runs, grouped, judged, spread, target_name
+from flowsteer.cli.judged_runs import PLOTTED, Run, check_runs, grouped, judged, spread, target_name
 from flowsteer.policies.checkpoint import read_config
 from flowsteer.sim.plots import save_figure
 from flowsteer.sim.results import EVAL_JSON
 
-SCORES = ("max_reward", "success")
 ALIKE = ("task", "policy", "steps", "evaluation", "execution", "execution_steps")
 """Evaluations that differ in none of them differ in the seed of training, and in what was chosen for each."""
 MARKERS = "osD^v<>P"
@@ -79,7 +78,7 @@ def _evaluation(folder: Path, name: str, stored: Mapping[str, Any]) -> Run:
         "execution_steps": result["execution_steps"],
         "network_evaluations": result["network_evaluations"],
         "episodes": result["episodes"],
-        **{score: result[score] for score in SCORES},
+        **{score: result[score] for score in PLOTTED},
     }
 
 
@@ -90,7 +89,7 @@ def _row(runs: list[Run]) -> dict[str, Any]:
         **{name: first[name] for name in ("policy", "steps", "execution", "execution_steps")},
         "seeds": len(runs),
         "network_evaluations": evaluations,
-        **{score: spread([run[score]["mean"] for run in runs]) for score in SCORES},
+        **{score: spread([run[score]["mean"] for run in runs]) for score in PLOTTED},
     }
 
 
@@ -100,7 +99,7 @@ def plot(result: Mapping[str, Any], file: Path) -> None:
     groups = grouped(result["runs"], *ALIKE)
     colors = {policy: f"C{n}" for n, policy in enumerate(dict.fromkeys(runs[0]["policy"] for runs in groups))}
     markers = dict(zip(dict.fromkeys(_execution(runs[0]) for runs in groups), cycle(MARKERS), strict=False))
-    for axes, score in zip(figure.subplots(1, len(SCORES)), SCORES, strict=True):
+    for axes, score in zip(figure.subplots(1, len(PLOTTED)), PLOTTED, strict=True):
         for runs in groups:
             execution = _execution(runs[0])
             x, y = [run["network_evaluations"] for run in runs], [run[score]["mean"] for run in runs]

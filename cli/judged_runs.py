@@ -17,6 +17,7 @@ from flowsteer.sim.plots import save_figure
 from flowsteer.sim.results import EVAL_JSON
 
 SCORES = ("max_reward", "success", "return")
+PLOTTED = SCORES[:2]
 Run = dict[str, Any]
 
 

@@ -2,7 +2,7 @@
 
 torch.compile sees the whole chunk at once, encoder, K steps and normaliser, with weights and time grid as constants: it
 folds what depends on them alone, such as the embeddings of the K times, fuses what is elementwise and plans the memory
-of all steps beforehand.
+of all steps beforehand. Of a large network it sees a step, since compiling takes as long as the program.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def _compiled(policy: Policy, dtype: torch.dtype) -> Run:
 
 def _length(policy: DenoisingPolicy) -> int:
     """Layers that a chunk goes through."""
-    layers = sum(not any(True for _ in module.children()) for module in policy.network.modules())
+    layers = sum(not list(module.children()) for module in policy.network.modules())
     return layers * (len(policy.grid) - 1)
 
 

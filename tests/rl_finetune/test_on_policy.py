@@ -342,7 +342,6 @@ def test_hyper_parameters_out_of_range_are_refused(options, message):
 
 
 UPDATE = """
-from flowsteer.policies.counting import counting
 from flowsteer.rl_finetune.critic import Critic
 from flowsteer.rl_finetune.gaussian_ppo import GaussianPPO
 from flowsteer.rl_finetune.on_policy import OnPolicy
