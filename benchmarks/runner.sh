@@ -1,8 +1,8 @@
 #!/bin/bash
 # A runner from nothing, as in benchmarks/README.md: benchmarks/runner.sh hopper|halfcheetah fpo|ppo SEED [option=value ...]
-# Learns runs/TASK_ALGO_SEED and judges it, on one thread.
+# Learns runs/TASK_ALGO_SEED, or the folder RUN, and judges it, on one thread.
 set -e
-task=$1 algo=$2 seed=$3 run=runs/$1_$2_$3
+task=$1 algo=$2 seed=$3 run=${RUN:-runs/$1_$2_$3}
 shift 3
 export OMP_NUM_THREADS=1
 declare -A own=(

@@ -79,14 +79,24 @@ def measure(config: DictConfig) -> dict[str, Any]:
     weights: dict[str, int] = {}
     for family, network, steps in product(config.policies, config.networks, config.steps):
         policy = make_policy(family, network, steps).to(device)
-        contenders = {DIFFUSERS: LOOPS[family](policy, steps), **engines(policy, config)}
-        times = {name: _quantiles(taken) for name, taken in _race(contenders, config.repeats, device).items()}
-        floor_ms = steps * step_floor_ms(policy, gflops)
         weights[network] = sum(parameter.numel() for parameter in policy.network.parameters())
         facts = {"policy": family, "network": network, "steps": steps}
-        rows += [{**facts, "contender": name, **_scores(name, times, floor_ms)} for name in contenders]
+        floor_ms = steps * step_floor_ms(policy, gflops)
+        rows += [{**facts, **row} for row in _contest(policy, LOOPS[family](policy, steps), floor_ms, config)]
     facts = {"device": str(device), "repeats": config.repeats, "weights": weights, "matrix_product_gflops": gflops}
     return {"rows": rows, **facts}
+
+
+def _contest(policy: DenoisingPolicy, loop: Chunk, floor_ms: float, config: DictConfig) -> Iterator[dict[str, Any]]:
+    """A row for the plain loop and for each engine."""
+    built, obs = engines(policy, config), _observation(policy)
+    contenders: dict[str, Chunk] = {DIFFUSERS: loop}
+    contenders.update((name, partial(_act, engine, obs)) for name, engine in built.items())
+    ways = {DIFFUSERS: ("plain", torch.get_num_threads())}
+    ways |= {name: (engine.chosen.form, engine.chosen.threads) for name, engine in built.items()}
+    times = {name: _quantiles(taken) for name, taken in _race(contenders, config.repeats, policy.grid.device).items()}
+    for name, (form, threads) in ways.items():
+        yield {"contender": name, "form": form, "threads": threads, **_scores(name, times, floor_ms)}
 
 
 def make_policy(family: str, network: str, steps: int) -> DenoisingPolicy:
@@ -111,21 +121,21 @@ def _unit_range(width: int) -> KeyStatistics:
     return KeyStatistics(min=-ones, max=ones, mean=0 * ones, std=ones, count=1)
 
 
-def engines(policy: DenoisingPolicy, config: DictConfig) -> dict[str, Chunk]:
-    """As a robot calls them, by name and dtype.
+def engines(policy: DenoisingPolicy, config: DictConfig) -> dict[str, Engine]:
+    """By name and dtype.
 
     Raises:
         PolicyError: one cannot be built here.
     """
-    obs = _observation(policy)
-    built: dict[str, Chunk] = {}
+    built: dict[str, Engine] = {}
     for engine, dtype in product(config.engines, config.dtypes):
-        act = compile_act(policy, dtype=dtype, engine=engine)
-        built[engine if dtype == "float32" else f"{engine} {dtype}"] = partial(_act, act, obs)
+        name = engine if dtype == "float32" else f"{engine} {dtype}"
+        built[name] = compile_act(policy, dtype=dtype, engine=engine)
     return built
 
 
 def _act(act: Engine, obs: dict[str, Tensor], noise: Tensor) -> Tensor:
+    """As a robot calls it."""
     return act(obs, noise=noise)
 
 

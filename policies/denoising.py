@@ -115,6 +115,7 @@ class DenoisingPolicy(Policy, ABC):
         self.solver = pick(SOLVERS, solver, "solver")
         self.prediction, self.min_time, self.eta, self.clip = prediction, min_time, eta, clip
         self.fixed_steps: int | None = None
+        self._embedded: Features | None = None
         self.register_buffer("grid", uniform_grid(steps, start), persistent=False)
         self.check_grid(self.grid)
 
@@ -140,6 +141,12 @@ class DenoisingPolicy(Policy, ABC):
             )
         self.grid = uniform_grid(steps, self.grid[0].item()).to(self.grid.device)
         self.check_grid(self.grid)
+        self._embedded = None
+
+    @final
+    def freeze_times(self) -> None:
+        """Embed the times of the grid once for all chunks; for weights that stay as they are."""
+        self._embedded = self.embed_grid(self.grid)
 
     @final
     def check_grid(self, grid: Tensor, options: str = "policy") -> None:
@@ -225,7 +232,7 @@ class DenoisingPolicy(Policy, ABC):
             noise = randn(shape, generator, features.device)
         if tuple(noise.shape) != shape:
             raise PolicyError(f"noise must have shape {list(shape)}, got {list(noise.shape)}")
-        denoise = self.denoise_on(self.grid, self.network.embed_observation(features))
+        denoise = self.denoise_on(self.grid, self.network.embed_observation(features), self._embedded)
         return self.solver(self.path, denoise, noise, self.grid, self.eta, generator)
 
     def _a_hat(self, x_t: Tensor, t: Tensor, time: Features, cond: Features) -> Tensor:

@@ -1,16 +1,17 @@
 """`act` for one batch size, as fast as this machine allows: what is fastest is measured when it is built, not assumed.
 
-torch.compile sees the whole chunk at once, encoder, K steps and normaliser, with weights and time grid as constants: it
-folds what depends on them alone, such as the embeddings of the K times, fuses what is elementwise and plans the memory
-of all steps beforehand. Of a large network it sees a step, since compiling takes as long as the program.
+At batch 1 a CPU waits for the weights of each layer, so they are laid out for few rows (few_rows.py); the embeddings
+of the K times are computed beforehand. torch.compile sees the whole chunk at once, encoder, K steps and normaliser,
+fuses what is elementwise and plans the memory of all steps. Of a large network it sees a step, since compiling takes as
+long as the program.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any, final
@@ -21,6 +22,7 @@ from torch import Tensor
 from flowsteer.policies.choices import pick
 from flowsteer.policies.denoising import DenoisingPolicy
 from flowsteer.policies.errors import PolicyError
+from flowsteer.policies.few_rows import with_packed_weights
 from flowsteer.policies.policy import ACTION, Observation, Policy
 from flowsteer.policies.samplers import Drawn, Generators, randn
 from flowsteer.policies.short_convolutions import with_products
@@ -29,6 +31,10 @@ from flowsteer.policies.timing import timed
 
 Run = Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]
 """Observations, starting noise [B, Tp, Da], noise of the steps [n, B, Tp, Da] -> executed actions [B, Ta, Da]."""
+
+Form = tuple[Policy, torch.dtype]
+"""What is computed, and in which dtype."""
+Maker = Callable[[Policy, torch.dtype], Run]
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """Largest error of an engine against the policy itself, in normalised units; one that errs more is not taken."""
@@ -47,12 +53,17 @@ LONGEST_PROGRAM = 700
 class Candidate:
     """A way to run a policy, as it was measured.
 
+    name: of the engine; "none" for a form that cannot be had here.
+    form: how its layers are written, see `FORMS`.
+    threads: of the CPU.
     chunk_ms: median time of a chunk; None if it cannot be taken, for the reason in `refused`.
     error: largest against the policy itself, in normalised units.
     """
 
     name: str
     dtype: str
+    form: str
+    threads: int
     chunk_ms: float | None = None
     error: float | None = None
     refused: str | None = None
@@ -65,11 +76,10 @@ class Engine:
     Attributes:
         candidates: what was measured.
         chosen: the fastest of them.
-        threads: of the CPU that it runs on.
     """
 
-    def __init__(self, policy: Policy, batch: int, threads: int, built: Sequence[tuple[Candidate, Run]]) -> None:
-        self._policy, self._batch, self.threads = policy, batch, threads
+    def __init__(self, policy: Policy, batch: int, built: Sequence[tuple[Candidate, Run]]) -> None:
+        self._policy, self._batch = policy, batch
         self.candidates = [candidate for candidate, _ in built]
         self.chosen, self._run = _fastest(built)
 
@@ -88,7 +98,7 @@ class Engine:
                 "build another with compile_act"
             )
         # As it was built: with gradients, or with tensors of inference mode, it would silently be compiled anew.
-        with _threads(self.threads), torch.inference_mode(False), torch.no_grad():
+        with _threads(self.chosen.threads), torch.inference_mode(False), torch.no_grad():
             known = {key: _ordinary(obs[key]) for key in sizes}
             start, later = draw(self._policy, self._batch, noise, generator)
             return self._run(known, _ordinary(start), later)
@@ -116,14 +126,29 @@ def compile_act(
     runs = ENGINES if engine == "fastest" else {engine: pick(ENGINES, engine, "engine")}
     data = _Trial(frozen, batch)
     with torch.no_grad():
-        frozen, threads = _best_start(frozen, data)
-        with _threads(threads):
-            built = [
-                data.measure(name, kind, partial(make, frozen, kind))
-                for kind in pick(DTYPES, dtype, "dtype")
-                for name, make in runs.items()
-            ]
-    return Engine(frozen, batch, threads, built)
+        if isinstance(frozen, DenoisingPolicy):
+            frozen.freeze_times()
+        built = [attempt for kind in pick(DTYPES, dtype, "dtype") for attempt in _built(frozen, kind, data, runs)]
+    return Engine(frozen, batch, built)
+
+
+def _built(policy: Policy, dtype: torch.dtype, data: _Trial, runs: Mapping[str, Maker]) -> list[tuple[Candidate, Run]]:
+    """The engines in `runs`, each of the best form and number of threads; then what forms cannot be had, and why."""
+    kind = str(dtype).removeprefix("torch.")
+    forms: dict[str, Form] = {}
+    refused = []
+    for name, make in FORMS.items():
+        try:
+            forms[name] = make(policy, dtype)
+        except PolicyError as error:
+            refused.append((Candidate("none", kind, name, torch.get_num_threads(), refused=str(error)), _refused))
+    form, threads = _best_start(forms, data)
+    with _threads(threads):
+        built = [
+            data.measure(Candidate(name, kind, form, threads), partial(engine, *forms[form]), TOLERANCES[dtype])
+            for name, engine in runs.items()
+        ]
+    return built + refused
 
 
 def draw(policy: Policy, batch: int, noise: Tensor | None, generator: Generators) -> tuple[Tensor, Tensor]:
@@ -132,6 +157,29 @@ def draw(policy: Policy, batch: int, noise: Tensor | None, generator: Generators
     start = randn(shape, generator, device) if noise is None else noise
     later = [randn(shape, generator, device) for _ in range(policy.noises)]
     return start, torch.stack(later) if later else torch.empty(0, *shape, device=device)
+
+
+def _plain(policy: Policy, dtype: torch.dtype) -> Form:
+    return policy, dtype
+
+
+def _products(policy: Policy, dtype: torch.dtype) -> Form:
+    changed = copy.deepcopy(policy)
+    with_products(changed)
+    return changed, dtype
+
+
+def _packed(policy: Policy, dtype: torch.dtype) -> Form:
+    changed, _ = _products(policy, dtype)
+    if not isinstance(changed, DenoisingPolicy) or _device(policy).type != "cpu":
+        raise PolicyError("weights are packed for denoising on a CPU only")
+    with_packed_weights(changed.network, dtype)
+    return changed, torch.float32
+
+
+FORMS: dict[str, Callable[[Policy, torch.dtype], Form]] = {"packed": _packed, "products": _products, "plain": _plain}
+"""Of a policy: as it is; with matrix products for short convolutions; with weights packed for few rows as well, which
+alone are of the dtype then."""
 
 
 def _eager(policy: Policy, dtype: torch.dtype) -> Run:
@@ -169,13 +217,17 @@ def _program(function: Callable[..., Tensor], policy: Policy) -> Callable[..., T
 
     run.__code__ = run.__code__.replace()
     # CUDA graphs replay a program as one launch; on a CPU it is Python's part between the kernels that goes.
-    options: dict[str, Any] = {"freezing": True, "triton.cudagraphs" if on_gpu else "cpp_wrapper": True}
+    # Nothing but the engine holds the policy, so only what is given needs a look before each call.
+    options: dict[str, Any] = {
+        "guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe,
+        "triton.cudagraphs" if on_gpu else "cpp_wrapper": True,
+    }
     compiled: Callable[..., Tensor] = torch.compile(run, fullgraph=True, dynamic=False, options=options)
     # What CUDA graphs return is overwritten by the next call.
     return (lambda *args: compiled(*args).clone()) if on_gpu else compiled
 
 
-ENGINES: dict[str, Callable[[Policy, torch.dtype], Run]] = {"eager": _eager, "compiled": _compiled}
+ENGINES: dict[str, Maker] = {"eager": _eager, "compiled": _compiled}
 
 
 @final
@@ -183,33 +235,32 @@ class _Trial:
     """Inputs to measure candidates with."""
 
     def __init__(self, policy: Policy, batch: int) -> None:
-        self._policy, self._device = policy, _device(policy)
+        self._policy, self.device = policy, _device(policy)
         generator = torch.Generator().manual_seed(0)
         self.obs = likely_observations(policy, batch, generator)
         self.noise = draw(policy, batch, None, generator)
         self._scale = policy.normalizer.scale(ACTION)
 
-    def measure(self, name: str, dtype: torch.dtype, make: Callable[[], Run]) -> tuple[Candidate, Run]:
+    def measure(self, candidate: Candidate, make: Callable[[], Run], tolerance: float) -> tuple[Candidate, Run]:
         """Build a candidate, compare it with the policy, and time it."""
-        kind = str(dtype).removeprefix("torch.")
         try:
             run = make()
             error = (self(run) - self(_eager(self._policy, torch.float32))).mul(self._scale).abs().max().item()
         except Exception as failure:  # each compiler that torch drives fails in its own way
             inner = getattr(failure, "inner_exception", failure)
             reason = (str(inner).strip().splitlines() or ["no reason given"])[0]
-            return Candidate(name, kind, refused=f"{type(inner).__name__}: {reason}"), _refused
-        if not error <= TOLERANCES[dtype]:
-            refused = f"its error of {error:.2g} is above the tolerance of {TOLERANCES[dtype]:g}"
-            return Candidate(name, kind, error=error, refused=refused), _refused
-        return Candidate(name, kind, self.chunk_ms(run), error), run
+            return replace(candidate, refused=f"{type(inner).__name__}: {reason}"), _refused
+        if not error <= tolerance:
+            refused = f"its error of {error:.2g} is above the tolerance of {tolerance:g}"
+            return replace(candidate, error=error, refused=refused), _refused
+        return replace(candidate, chunk_ms=self.chunk_ms(run), error=error), run
 
     def __call__(self, run: Run) -> Tensor:
         return run(self.obs, *self.noise)
 
     def chunk_ms(self, run: Run, repeats: int = REPEATS) -> float:
         """Median milliseconds of a chunk."""
-        taken = [timed(partial(self, run), self._device)[1] for _ in range(repeats + 3)]
+        taken = [timed(partial(self, run), self.device)[1] for _ in range(repeats + 3)]
         return 1e3 * sorted(taken[3:])[repeats // 2]
 
 
@@ -239,30 +290,26 @@ def frozen_copy(policy: Policy, steps: int | None) -> Policy:
     return frozen
 
 
-def _best_start(policy: Policy, data: _Trial) -> tuple[Policy, int]:
-    """The form of the policy and the number of CPU threads with which it runs fastest, as it is.
+def _best_start(forms: Mapping[str, Form], data: _Trial) -> tuple[str, int]:
+    """The form and the number of CPU threads with which a policy runs fastest, as it is.
 
-    A processor may be faster with matrix products for short convolutions, and with one thread for small products.
+    A processor may be faster with matrix products for short convolutions, and with one thread for small products. Of
+    those that differ by less than a measurement does, it is the first: Python's part hides what compiling brings out.
     """
     most = torch.get_num_threads()
-    if _device(policy).type != "cpu":
-        return policy, most
-    changed = copy.deepcopy(policy)
-    forms = [policy, changed] if with_products(changed) else [policy]
-    counts = sorted({1, 2, most // 2, most} & set(range(1, most + 1)))
-
-    def chunk_ms(choice: tuple[Policy, int]) -> float:
-        form, threads = choice
+    counts = sorted({1, 2, most // 2, most} & set(range(1, most + 1))) if data.device.type == "cpu" else [most]
+    starts = list(product(forms, counts))
+    times = []
+    for form, threads in starts:
         with _threads(threads):
-            return data.chunk_ms(_eager(form, torch.float32), REPEATS // 3)
-
-    return min(product(forms, counts), key=chunk_ms)
+            times.append(data.chunk_ms(_eager(*forms[form]), REPEATS // 6))
+    return next(start for start, time in zip(starts, times, strict=True) if time <= 1.1 * min(times))
 
 
 def _fastest(built: Sequence[tuple[Candidate, Run]]) -> tuple[Candidate, Run]:
     usable = [(candidate.chunk_ms, n) for n, (candidate, _) in enumerate(built) if candidate.chunk_ms is not None]
     if not usable:
-        reasons = "; ".join(f"{candidate.name} {candidate.dtype}: {candidate.refused}" for candidate, _ in built)
+        reasons = "; ".join(f"{each.name} {each.dtype} {each.form}: {each.refused}" for each, _ in built)
         raise PolicyError(f"no engine can be built: {reasons}")
     return built[min(usable)[1]]
 

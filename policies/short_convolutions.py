@@ -42,12 +42,15 @@ class Windows(nn.Module):
             convolution.stride,
             convolution.padding,
         )
-        self.weight, self.bias = _parameter(convolution.weight.flatten(1), convolution), convolution.bias
+        self.product = _linear(convolution.weight.flatten(1), convolution)
+        if convolution.bias is not None:
+            self.product.bias = convolution.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, T] -> [B, C', T']."""
         windows = functional.pad(x, (self.padding, self.padding)).unfold(2, self.kernel, self.stride)
-        return functional.linear(windows.transpose(1, 2).flatten(2), self.weight, self.bias).transpose(1, 2)
+        out: Tensor = self.product(windows.transpose(1, 2).flatten(2))
+        return out.transpose(1, 2)
 
 
 @final
@@ -58,20 +61,24 @@ class OverlappingSums(nn.Module):
         super().__init__()
         (self.kernel,), (self.stride,) = convolution.kernel_size, convolution.stride
         (self.padding,), (self.longer,) = convolution.padding, convolution.output_padding
-        self.weight = _parameter(convolution.weight.flatten(1).t().contiguous(), convolution)
+        self.product = _linear(convolution.weight.flatten(1).t().contiguous(), convolution)
         self.bias = convolution.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, T] -> [B, C', T']."""
-        parts = functional.linear(x.transpose(1, 2), self.weight).transpose(1, 2)
+        parts = self.product(x.transpose(1, 2)).transpose(1, 2)
         length = (x.shape[2] - 1) * self.stride - 2 * self.padding + self.kernel + self.longer
         one_high = {"kernel_size": (1, self.kernel), "stride": (1, self.stride), "padding": (0, self.padding)}
         out = functional.fold(parts, (1, length), **one_high).squeeze(2)
         return out if self.bias is None else out + self.bias[:, None]
 
 
-def _parameter(weight: Tensor, convolution: Any) -> nn.Parameter:
-    return nn.Parameter(weight, requires_grad=convolution.weight.requires_grad)
+def _linear(weight: Tensor, convolution: Any) -> nn.Linear:
+    """Without a bias; it learns where the convolution does."""
+    outputs, inputs = weight.shape
+    linear = nn.Linear(inputs, outputs, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=convolution.weight.requires_grad)
+    return linear
 
 
 PRODUCTS: dict[type[nn.Module], type[Windows | OverlappingSums]] = {

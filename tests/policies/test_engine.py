@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from flowsteer.datasets.key_statistics import KeyStatistics
-from flowsteer.policies import engine
+from flowsteer.policies import engine, few_rows
 from flowsteer.policies.denoising import DiffusionPolicy, FlowPolicy
 from flowsteer.policies.ebt import EnergyPolicy
 from flowsteer.policies.encoders.cameras import Cameras
@@ -14,6 +14,7 @@ from flowsteer.policies.encoders.low_dim import LowDim
 from flowsteer.policies.encoders.vit import SmallViT
 from flowsteer.policies.engine import compile_act
 from flowsteer.policies.errors import PolicyError
+from flowsteer.policies.few_rows import PackedLinear
 from flowsteer.policies.gaussian import GaussianPolicy
 from flowsteer.policies.networks.residual_mlp import ResidualMLP
 from flowsteer.policies.networks.unet1d import ConditionalUnet1d
@@ -68,12 +69,12 @@ def seeded(seed):
 def test_an_eager_engine_is_the_policy(family):
     policy = fitted(FAMILIES[family])
     act = compile_act(policy, batch=4, engine="eager")
-    obs = observed(4)
-    assert act(obs, generator=seeded(1)).equal(policy.act(obs, generator=seeded(1)))
+    obs, same = observed(4), torch.testing.assert_close
+    same(act(obs, generator=seeded(1)), policy.act(obs, generator=seeded(1)))
     rows = [seeded(seed) for seed in range(4)], [seeded(seed) for seed in range(4)]
-    assert act(obs, generator=rows[0]).equal(policy.act(obs, generator=rows[1]))
+    same(act(obs, generator=rows[0]), policy.act(obs, generator=rows[1]))
     noise = torch.randn(4, 6, 2, generator=seeded(2))
-    assert act(obs, noise=noise, generator=seeded(3)).equal(policy.act(obs, noise=noise, generator=seeded(3)))
+    same(act(obs, noise=noise, generator=seeded(3)), policy.act(obs, noise=noise, generator=seeded(3)))
     assert act(obs, generator=seeded(1)).shape == (4, 3, 2)
 
 
@@ -106,15 +107,59 @@ def test_a_long_chunk_is_compiled_step_by_step(monkeypatch, quick_compiler):
             torch.testing.assert_close(act(obs, generator=seeded(seed)), policy.act(obs, generator=seeded(seed)))
 
 
-@pytest.mark.parametrize(("slow", "taken"), [(nn.Conv1d, Windows), (Windows, nn.Conv1d)])
-def test_short_convolutions_are_products_where_those_are_faster(monkeypatch, slow, taken):
-    policy = fitted(partial(FlowPolicy, encoder=LowDim, network=partial(ConditionalUnet1d, widths=(8, 16)), steps=2))
-    forward = slow.forward
-    monkeypatch.setattr(slow, "forward", lambda *args: (torch.linalg.svd(torch.eye(100)), forward(*args))[1])
+UNET = partial(FlowPolicy, encoder=LowDim, network=partial(ConditionalUnet1d, widths=(8, 16)), steps=2)
+
+
+@pytest.mark.parametrize(
+    ("slow", "form", "layer"),
+    [
+        ([nn.Linear, nn.Conv1d], "packed", PackedLinear),
+        ([PackedLinear, nn.Conv1d], "products", Windows),
+        ([PackedLinear, Windows], "plain", nn.Conv1d),
+    ],
+)
+def test_layers_are_written_in_the_form_that_is_fastest(monkeypatch, slow, form, layer):
+    def slowed(forward):
+        return lambda *args: (torch.linalg.svd(torch.eye(100)), forward(*args))[1]
+
+    policy = fitted(UNET)
+    for kind in slow:
+        monkeypatch.setattr(kind, "forward", slowed(kind.forward))
     act = compile_act(policy, engine="eager")
-    kinds = {type(module) for module in act._policy.modules()}
-    assert kinds & {nn.Conv1d, Windows} == {taken}
+    assert act.chosen.form == form
+    frozen, _ = engine.FORMS[form](policy, torch.float32)
+    assert layer in {type(module) for module in frozen.modules()}
     torch.testing.assert_close(act(observed(1), generator=seeded(0)), policy.act(observed(1), generator=seeded(0)))
+
+
+def test_packed_weights_are_all_that_is_rounded(monkeypatch):
+    monkeypatch.setattr(engine, "_best_start", lambda forms, data: ("packed", 1))
+    policy = fitted(UNET)
+    act = compile_act(policy, dtype="bfloat16", engine="eager")
+    assert (act.chosen.form, act.chosen.dtype) == ("packed", "bfloat16")
+    assert 1e-5 < act.chosen.error < 0.02
+    frozen, dtype = engine.FORMS["packed"](policy, torch.bfloat16)
+    assert dtype == torch.float32
+    assert {module.panels.dtype for module in frozen.modules() if isinstance(module, PackedLinear)} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("family", ["ebt", "gaussian"])
+def test_only_what_denoises_has_packed_weights(family):
+    act = compile_act(fitted(FAMILIES[family]), engine="eager")
+    assert act.chosen.form in ("products", "plain")
+    assert act.candidates[-1].form == "packed"
+    assert act.candidates[-1].refused == "weights are packed for denoising on a CPU only"
+
+
+def test_without_a_compiler_the_other_forms_are_left(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    few_rows.load_product.cache_clear()
+    act = compile_act(fitted(FAMILIES["flow"]), engine="eager")
+    assert act.chosen.form != "packed"
+    assert act.candidates[-1].refused == (
+        "there is no C++ compiler 'no-such-compiler': install g++, or name one in CXX"
+    )
 
 
 def test_the_fastest_of_what_was_measured_is_taken(monkeypatch):
@@ -133,6 +178,7 @@ def test_the_fastest_of_what_was_measured_is_taken(monkeypatch):
         ("slow", "bfloat16"),
         ("eager", "bfloat16"),
     ]
+    assert act.chosen.chunk_ms == min(c.chunk_ms for c in act.candidates)
     assert act.candidates[0].chunk_ms > act.candidates[1].chunk_ms
 
 
@@ -153,9 +199,9 @@ def test_the_number_of_steps_is_the_engines_own():
     policy = fitted(FAMILIES["flow"])
     act = compile_act(policy, steps=1, engine="eager")
     obs, noise = observed(1), torch.randn(1, 6, 2, generator=seeded(0))
-    assert not act(obs, noise=noise).equal(policy.act(obs, noise=noise))
+    assert not act(obs, noise=noise).allclose(policy.act(obs, noise=noise), atol=1e-3)
     policy.set_steps(1)
-    assert act(obs, noise=noise).equal(policy.act(obs, noise=noise))
+    torch.testing.assert_close(act(obs, noise=noise), policy.act(obs, noise=noise))
 
 
 def test_an_engine_keeps_the_weights_it_was_built_with():
@@ -179,7 +225,7 @@ def test_what_cannot_be_built_says_why_and_is_left_out(monkeypatch):
     act = compile_act(policy)
     assert act.chosen.name == "eager"
     assert act.candidates[1].refused == "RuntimeError: no compiler"
-    with pytest.raises(PolicyError, match="no engine can be built: compiled float32: RuntimeError: no compiler"):
+    with pytest.raises(PolicyError, match="no engine can be built: compiled float32 packed: RuntimeError: no compiler"):
         compile_act(policy, engine="compiled")
 
 
@@ -191,11 +237,15 @@ def test_what_is_not_exact_enough_is_left_out(monkeypatch):
     assert compile_act(policy, dtype="auto", engine="eager").chosen.dtype == "float32"
 
 
-def test_the_threads_of_others_stay_as_they_are():
+def test_the_threads_of_others_stay_as_they_are(monkeypatch):
+    seen, policy = [], fitted(FAMILIES["flow"])
+    monkeypatch.setattr(engine, "_best_start", lambda forms, data: ("plain", 1))
     torch.set_num_threads(2)
-    act = compile_act(fitted(FAMILIES["flow"]), engine="eager")
-    act.threads = 1
+    act = compile_act(policy, engine="eager")
+    act._run = lambda *args: seen.append(torch.get_num_threads())
     act(observed(1))
+    assert act.chosen.threads == 1
+    assert seen == [1]
     assert torch.get_num_threads() == 2
 
 
