@@ -115,7 +115,7 @@ class DenoisingPolicy(Policy, ABC):
         self.solver = pick(SOLVERS, solver, "solver")
         self.prediction, self.min_time, self.eta, self.clip = prediction, min_time, eta, clip
         self.fixed_steps: int | None = None
-        self._embedded: Features | None = None
+        self._settled: list[Features] | None = None
         self.register_buffer("grid", uniform_grid(steps, start), persistent=False)
         self.check_grid(self.grid)
 
@@ -141,12 +141,13 @@ class DenoisingPolicy(Policy, ABC):
             )
         self.grid = uniform_grid(steps, self.grid[0].item()).to(self.grid.device)
         self.check_grid(self.grid)
-        self._embedded = None
+        self._settled = None
 
     @final
     def freeze_times(self) -> None:
         """Embed the times of the grid once for all chunks; for weights that stay as they are."""
-        self._embedded = self.embed_grid(self.grid)
+        times = self.embed_grid(self.grid)
+        self._settled = [self.network.settle(_at(times, k)) for k in range(len(self.grid) - 1)]
 
     @final
     def check_grid(self, grid: Tensor, options: str = "policy") -> None:
@@ -195,7 +196,7 @@ class DenoisingPolicy(Policy, ABC):
 
         def denoise(x_t: Tensor, k: int | Tensor) -> Tensor:
             # Not f[k] with a tensor, whose backward pass takes three times as long.
-            time = tuple(f.index_select(0, k.to(f.device)) if isinstance(k, Tensor) else f[k : k + 1] for f in times)
+            time = tuple(f.index_select(0, k.to(f.device)) for f in times) if isinstance(k, Tensor) else _at(times, k)
             return self._a_hat(x_t, grid[k], time, cond)
 
         return denoise
@@ -232,12 +233,23 @@ class DenoisingPolicy(Policy, ABC):
             noise = randn(shape, generator, features.device)
         if tuple(noise.shape) != shape:
             raise PolicyError(f"noise must have shape {list(shape)}, got {list(noise.shape)}")
-        denoise = self.denoise_on(self.grid, self.network.embed_observation(features), self._embedded)
+        denoise = self._denoise_on_grid(self.network.embed_observation(features))
         return self.solver(self.path, denoise, noise, self.grid, self.eta, generator)
+
+    def _denoise_on_grid(self, cond: Features) -> Callable[[Tensor, int], Tensor]:
+        settled = self._settled
+        if settled is None:
+            return self.denoise_on(self.grid, cond)
+        return lambda x_t, k: self._a_hat(x_t, self.grid[k], settled[k], cond)
 
     def _a_hat(self, x_t: Tensor, t: Tensor, time: Features, cond: Features) -> Tensor:
         a_hat = self.to_clean(self.path, x_t, self.network(x_t, time, cond), t)
         return a_hat if self.clip is None else a_hat.clamp(-self.clip, self.clip)
+
+
+def _at(times: Features, k: int) -> Features:
+    """The features of one time of a grid."""
+    return tuple(feature[k : k + 1] for feature in times)
 
 
 @final

@@ -60,6 +60,10 @@ class Network(nn.Module, ABC):
     def embed_time(self, t: Tensor) -> Features:
         """Times t [N] in [0, 1] -> tensors [N, ...]."""
 
+    def settle(self, time: Features) -> Features:
+        """Features of one time, such that `forward` need not look at them to know its way: a compiler cannot."""
+        return time
+
     @abstractmethod
     def embed_observation(self, features: Tensor) -> Features:
         """Encoded observations [B, To, F] -> tensors [B, ...]."""

@@ -57,6 +57,12 @@ class StagedNetwork(Network):
         """Times [N] -> whether each is early [N] on the CPU, then the features of both networks."""
         return ((t > self.switch).cpu(), *self.early.embed_time(t), *self.late.embed_time(t))
 
+    def settle(self, time: Features) -> Features:
+        """The side of the one time as a width: [0, 0] if it is early, [0, 1] if not."""
+        early, late = _halves(time[1:])
+        side = torch.empty(0, 0 if time[0].item() else 1)
+        return (side, *self.early.settle(early), *self.late.settle(late))
+
     def embed_observation(self, features: Tensor) -> Features:
         """Encoded observations [B, To, F] -> the features of both networks."""
         return (*self.early.embed_observation(features), *self.late.embed_observation(features))
@@ -65,7 +71,9 @@ class StagedNetwork(Network):
         """Noisy chunks [B, Tp, Da] -> prediction [B, Tp, Da], from the one network if all times are on its side."""
         is_early, times = time[0], _halves(time[1:])
         calls = list(zip((self.early, self.late), times, _halves(observation), strict=True))
-        if not is_early.any():
+        if is_early.ndim == 2:
+            calls = [calls[is_early.shape[1]]]
+        elif not is_early.any():
             calls = calls[1:]
         elif is_early.all():
             calls = calls[:1]

@@ -17,6 +17,7 @@ from flowsteer.policies.errors import PolicyError
 from flowsteer.policies.few_rows import PackedLinear
 from flowsteer.policies.gaussian import GaussianPolicy
 from flowsteer.policies.networks.residual_mlp import ResidualMLP
+from flowsteer.policies.networks.staged import StagedNetwork
 from flowsteer.policies.networks.unet1d import ConditionalUnet1d
 from flowsteer.policies.short_convolutions import Windows
 from flowsteer.policies.spec import ArraySpec, PolicySpec
@@ -29,6 +30,7 @@ FAMILIES = {
     "ddpm": partial(DiffusionPolicy, encoder=LowDim, network=MLP, steps=3, eta=1.0),
     "flow": partial(FlowPolicy, encoder=LowDim, network=MLP, steps=3),
     "flow_sde": partial(FlowPolicy, encoder=LowDim, network=MLP, steps=2, eta=0.5, relative_to="finger"),
+    "staged": partial(FlowPolicy, encoder=LowDim, network=partial(StagedNetwork, network=MLP, switch=0.5), steps=3),
     "heun": partial(FlowPolicy, encoder=LowDim, network=MLP, steps=3, solver="heun"),
     "ebt": partial(EnergyPolicy, encoder=LowDim, network=MLP, max_steps=3),
     "gaussian": partial(GaussianPolicy, encoder=LowDim, hidden=(16,), temperature=1.0),
@@ -78,7 +80,7 @@ def test_an_eager_engine_is_the_policy(family):
     assert act(obs, generator=seeded(1)).shape == (4, 3, 2)
 
 
-@pytest.mark.parametrize(("family", "sizes"), [("ddpm", [2]), ("flow_sde", [2]), ("gaussian", [2, 1])])
+@pytest.mark.parametrize(("family", "sizes"), [("ddpm", [2]), ("flow_sde", [2]), ("staged", [1]), ("gaussian", [2, 1])])
 def test_compiled_engines_are_the_policy_within_their_tolerance(family, sizes, quick_compiler):
     policy = fitted(FAMILIES[family])
     acts = {batch: compile_act(policy, batch=batch, engine="compiled") for batch in sizes}

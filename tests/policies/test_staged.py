@@ -49,6 +49,13 @@ def test_rows_of_both_stages_in_one_batch(staged):
     torch.testing.assert_close(staged(*parts(staged, times)), expected)
 
 
+@pytest.mark.parametrize("t", [0.9, 0.1])
+def test_a_settled_time_keeps_its_network(staged, t):
+    times = torch.full((1,), t)
+    x, time, observation = parts(staged, times)
+    torch.testing.assert_close(staged(x, staged.settle(time), observation), staged(x, time, observation))
+
+
 def test_only_the_network_that_is_needed_runs(staged, monkeypatch):
     def fail(*_):
         raise AssertionError("the other network ran")
