@@ -1,12 +1,12 @@
 """`flowsteer bench latency`: time per chunk at batch 1, beside the plain loop over a `diffusers` scheduler.
 
 And beside a floor: K times what this machine needs to multiply as much as the network does, or to read the weights that
-it needs at every step, whichever takes longer.
+it needs at every step (in the engine's dtype), whichever takes longer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -81,22 +81,24 @@ def measure(config: DictConfig) -> dict[str, Any]:
         policy = make_policy(family, network, steps).to(device)
         weights[network] = sum(parameter.numel() for parameter in policy.network.parameters())
         facts = {"policy": family, "network": network, "steps": steps}
-        floor_ms = steps * step_floor_ms(policy, gflops)
-        rows += [{**facts, **row} for row in _contest(policy, LOOPS[family](policy, steps), floor_ms, config)]
+        floors = {dtype: steps * step_floor_ms(policy, gflops, size) for dtype, size in BYTES.items()}
+        rows += [{**facts, **row} for row in _contest(policy, LOOPS[family](policy, steps), floors, config)]
     facts = {"device": str(device), "repeats": config.repeats, "weights": weights, "matrix_product_gflops": gflops}
     return {"rows": rows, **facts}
 
 
-def _contest(policy: DenoisingPolicy, loop: Chunk, floor_ms: float, config: DictConfig) -> Iterator[dict[str, Any]]:
+def _contest(
+    policy: DenoisingPolicy, loop: Chunk, floors: Mapping[str, float], config: DictConfig
+) -> Iterator[dict[str, Any]]:
     """A row for the plain loop and for each engine."""
     built, obs = engines(policy, config), _observation(policy)
     contenders: dict[str, Chunk] = {DIFFUSERS: loop}
     contenders.update((name, partial(_act, engine, obs)) for name, engine in built.items())
-    ways = {DIFFUSERS: ("plain", torch.get_num_threads())}
-    ways |= {name: (engine.chosen.form, engine.chosen.threads) for name, engine in built.items()}
     times = {name: _quantiles(taken) for name, taken in _race(contenders, config.repeats, policy.grid.device).items()}
-    for name, (form, threads) in ways.items():
-        yield {"contender": name, "form": form, "threads": threads, **_scores(name, times, floor_ms)}
+    ways = {DIFFUSERS: {"dtype": "float32", "form": "plain", "threads": torch.get_num_threads()}}
+    ways |= {name: {key: getattr(engine.chosen, key) for key in ways[DIFFUSERS]} for name, engine in built.items()}
+    for name, way in ways.items():
+        yield {"contender": name, **way, **_scores(name, times, floors[str(way["dtype"])])}
 
 
 def make_policy(family: str, network: str, steps: int) -> DenoisingPolicy:
@@ -236,8 +238,12 @@ def matrix_product_gflops(device: torch.device, size: int = 1024) -> float:
     return 2e-9 * size**3 / _fastest_s(lambda: a @ a, device)
 
 
-def step_floor_ms(policy: DenoisingPolicy, gflops: float) -> float:
-    """A lower bound of one step at batch 1: its products at that rate, or the reading of its weights."""
+BYTES = {"float32": 4, "bfloat16": 2}
+"""Of a weight."""
+
+
+def step_floor_ms(policy: DenoisingPolicy, gflops: float, size: int) -> float:
+    """A lower bound of one step at batch 1: its products at that rate, or reading its weights of `size` bytes each."""
     network, grid = policy.network, policy.grid
     x = torch.zeros(1, SPEC.prediction_steps, SPEC.action_dim, device=grid.device)
     with torch.no_grad():
@@ -249,7 +255,8 @@ def step_floor_ms(policy: DenoisingPolicy, gflops: float) -> float:
         out = network(x, time_features, cond)
     # What does not touch the noisy chunk is computed once per chunk, or beforehand.
     used = torch.autograd.grad(out.sum(), list(network.parameters()), allow_unused=True)
-    buffer = torch.ones(sum(gradient.numel() for gradient in used if gradient is not None), device=grid.device)
+    weights = sum(gradient.numel() for gradient in used if gradient is not None)
+    buffer = torch.ones(weights * size // 4, device=grid.device)
     products_s: float = 1e-9 * counter.get_total_flops() / gflops
     return 1e3 * max(products_s, _fastest_s(buffer.sum, grid.device))
 

@@ -139,11 +139,12 @@ class DenoisingPolicy(Policy, ABC):
                 f"steps={steps}: this policy was distilled to {self.fixed_steps}, "
                 f"distill another one with steps={steps}"
             )
-        self.grid = uniform_grid(steps, self.grid[0].item()).to(self.grid.device)
-        self.check_grid(self.grid)
-        self._settled = None
+        grid = uniform_grid(steps, self.grid[0].item()).to(self.grid.device)
+        self.check_grid(grid)
+        self.grid, self._settled = grid, None
 
     @final
+    @torch.no_grad()
     def freeze_times(self) -> None:
         """Embed the times of the grid once for all chunks; for weights that stay as they are."""
         times = self.embed_grid(self.grid)

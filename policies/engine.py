@@ -9,10 +9,10 @@ long as the program.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from typing import Any, final
 
@@ -23,15 +23,14 @@ from flowsteer.policies.choices import pick
 from flowsteer.policies.denoising import DenoisingPolicy
 from flowsteer.policies.errors import PolicyError
 from flowsteer.policies.few_rows import with_packed_weights
+from flowsteer.policies.freezing import device_of, draw, frozen_copy, likely_observations
 from flowsteer.policies.policy import ACTION, Observation, Policy
-from flowsteer.policies.samplers import Drawn, Generators, randn
+from flowsteer.policies.samplers import Drawn, Generators
 from flowsteer.policies.short_convolutions import with_products
-from flowsteer.policies.spec import ArraySpec
 from flowsteer.policies.timing import timed
 
 Run = Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]
 """Observations, starting noise [B, Tp, Da], noise of the steps [n, B, Tp, Da] -> executed actions [B, Ta, Da]."""
-
 Form = tuple[Policy, torch.dtype]
 """What is computed, and in which dtype."""
 Maker = Callable[[Policy, torch.dtype], Run]
@@ -43,7 +42,8 @@ DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "bfloat16": (torch.bfloat16,),
     "auto": (torch.float32, torch.bfloat16),
 }
-REPEATS = 30
+COLD, REPEATS = 3, 10
+"""Chunks of a measurement: the first ones count for nothing."""
 LONGEST_PROGRAM = 700
 """Most layers in one program, those of every step counted: ten steps of the MLP have 330, of the U-Net 1,000."""
 
@@ -53,7 +53,7 @@ LONGEST_PROGRAM = 700
 class Candidate:
     """A way to run a policy, as it was measured.
 
-    name: of the engine; "none" for a form that cannot be had here.
+    name: of the engine.
     form: how its layers are written, see `FORMS`.
     threads: of the CPU.
     chunk_ms: median time of a chunk; None if it cannot be taken, for the reason in `refused`.
@@ -75,39 +75,42 @@ class Engine:
 
     Attributes:
         candidates: what was measured.
-        chosen: the fastest of them.
+        chosen: the fastest of them that was asked for.
     """
 
-    def __init__(self, policy: Policy, batch: int, built: Sequence[tuple[Candidate, Run]]) -> None:
-        self._policy, self._batch = policy, batch
-        self.candidates = [candidate for candidate, _ in built]
-        self.chosen, self._run = _fastest(built)
+    def __init__(self, batch: int, candidates: list[Candidate], chosen: Candidate, policy: Policy, run: Run) -> None:
+        self.candidates, self.chosen = candidates, chosen
+        self._batch, self._policy, self._run, self._device = batch, policy, run, device_of(policy)
 
     def __call__(self, obs: Observation, *, noise: Tensor | None = None, generator: Generators = None) -> Tensor:
         """See `Policy.act`; the same random numbers give the same actions.
 
         Raises:
-            PolicyError: the batch is of another size, or an observation is not what the policy knows.
+            PolicyError: the batch is of another size, or an observation or the noise is not what the policy knows.
         """
-        spec = self._policy.spec
-        sizes = {key: len(obs[key]) for key in spec.observations if key in obs}
-        wrong = next((key for key, size in sizes.items() if size != self._batch), None)
-        if wrong is not None:
+        # In the modes that it was built in: in others it would silently be compiled anew.
+        with _threads(self.chosen.threads), torch.inference_mode(False), torch.no_grad():
+            known = {key: self._known(key, obs) for key in self._policy.spec.observations}
+            start, later = draw(self._policy, self._batch, noise, generator)
+            return self._run(known, _ordinary(start, torch.float32, self._device), later)
+
+    def _known(self, key: str, obs: Observation) -> Tensor:
+        value = self._policy.checked(key, obs)
+        if len(value) != self._batch:
             raise PolicyError(
-                f"this engine was built for batches of {self._batch}, observation '{wrong}' has {sizes[wrong]}: "
+                f"this engine was built for batches of {self._batch}, observation '{key}' has {len(value)}: "
                 "build another with compile_act"
             )
-        # As it was built: with gradients, or with tensors of inference mode, it would silently be compiled anew.
-        with _threads(self.chosen.threads), torch.inference_mode(False), torch.no_grad():
-            known = {key: _ordinary(obs[key]) for key in sizes}
-            start, later = draw(self._policy, self._batch, noise, generator)
-            return self._run(known, _ordinary(start), later)
+        image = self._policy.spec.observations[key].dtype == "uint8"
+        return _ordinary(value, torch.uint8 if image else torch.float32, self._device)
 
 
 def compile_act(
     policy: Policy, batch: int = 1, steps: int | None = None, dtype: str = "float32", engine: str = "fastest"
 ) -> Engine:
     """Build the engine of a policy; takes minutes where there is a compiler, the longer the larger the network and K.
+
+    Training with `train.compile=true` in the same process forgets what was compiled; the next call compiles it again.
 
     Args:
         policy: is copied, later changes of its weights do not reach the engine.
@@ -122,41 +125,58 @@ def compile_act(
     """
     if batch < 1:
         raise PolicyError(f"batch must be at least 1, got {batch}")
-    frozen = frozen_copy(policy, steps)
-    runs = ENGINES if engine == "fastest" else {engine: pick(ENGINES, engine, "engine")}
-    data = _Trial(frozen, batch)
-    with torch.no_grad():
+    engines, dtypes = pick(ENGINES, engine, "engine"), pick(DTYPES, dtype, "dtype")
+    with torch.inference_mode(False), torch.no_grad():
+        frozen = frozen_copy(policy, steps)
+        trial = _Trial(frozen, batch)
         if isinstance(frozen, DenoisingPolicy):
             frozen.freeze_times()
-        built = [attempt for kind in pick(DTYPES, dtype, "dtype") for attempt in _built(frozen, kind, data, runs)]
-    return Engine(frozen, batch, built)
+        candidates = [each for kind in dtypes for each in _candidates(frozen, kind, trial, "compiled" in engines)]
+    chosen = _fastest([candidate for candidate in candidates if candidate.name in engines])
+    return Engine(batch, candidates, chosen, *trial.working[chosen])
 
 
-def _built(policy: Policy, dtype: torch.dtype, data: _Trial, runs: Mapping[str, Maker]) -> list[tuple[Candidate, Run]]:
-    """The engines in `runs`, each of the best form and number of threads; then what forms cannot be had, and why."""
-    kind = str(dtype).removeprefix("torch.")
-    forms: dict[str, Form] = {}
-    refused = []
-    for name, make in FORMS.items():
-        try:
-            forms[name] = make(policy, dtype)
-        except PolicyError as error:
-            refused.append((Candidate("none", kind, name, torch.get_num_threads(), refused=str(error)), _refused))
-    form, threads = _best_start(forms, data)
-    with _threads(threads):
-        built = [
-            data.measure(Candidate(name, kind, form, threads), partial(engine, *forms[form]), TOLERANCES[dtype])
-            for name, engine in runs.items()
-        ]
-    return built + refused
+ENGINES = {"eager": ("eager",), "compiled": ("compiled",), "fastest": ("eager", "compiled")}
 
 
-def draw(policy: Policy, batch: int, noise: Tensor | None, generator: Generators) -> tuple[Tensor, Tensor]:
-    """The random numbers of `Policy.act` in its order: the starting noise, then that of the steps [n, B, Tp, Da]."""
-    shape, device = (batch, policy.spec.prediction_steps, policy.spec.action_dim), _device(policy)
-    start = randn(shape, generator, device) if noise is None else noise
-    later = [randn(shape, generator, device) for _ in range(policy.noises)]
-    return start, torch.stack(later) if later else torch.empty(0, *shape, device=device)
+def _candidates(policy: Policy, dtype: torch.dtype, trial: _Trial, compiling: bool) -> list[Candidate]:
+    """The policy eagerly in each form and number of threads, then compiled, in the best of them that compiles."""
+    on_cpu, most = trial.device.type == "cpu", torch.get_num_threads()
+    counts = sorted({1, 2, most // 2, most} & set(range(1, most + 1))) if on_cpu else [most]
+    forms = {name: cache(partial(FORMS[name], policy, dtype)) for name in (FORMS if on_cpu else ["plain"])}
+    kind, tolerance = str(dtype).removeprefix("torch."), TOLERANCES[dtype]
+    measured = [
+        trial.measure(Candidate("eager", kind, form, threads), forms[form], _eager, tolerance)
+        for form, threads in product(forms, counts)
+    ]
+    for start in _best_first(measured) if compiling else []:
+        candidate = Candidate("compiled", kind, start.form, start.threads)
+        measured.append(trial.measure(candidate, forms[start.form], _compiled, tolerance))
+        if measured[-1].refused is None:
+            break
+    return measured
+
+
+def _best_first(measured: Sequence[Candidate]) -> list[Candidate]:
+    """One candidate of each form that works, the fastest of them first.
+
+    Of those that differ by less than a measurement does, the first: Python's part hides what compiling brings out.
+    """
+    times = {candidate: candidate.chunk_ms for candidate in measured if candidate.chunk_ms is not None}
+    alike = 1.1 * min(times.values(), default=0.0)
+    order = sorted(times, key=lambda candidate: max(times[candidate], alike))
+    best: dict[str, Candidate] = {}
+    for candidate in order:
+        best.setdefault(candidate.form, candidate)
+    return list(best.values())
+
+
+def _fastest(candidates: Sequence[Candidate]) -> Candidate:
+    times = [(candidate.chunk_ms, n) for n, candidate in enumerate(candidates) if candidate.chunk_ms is not None]
+    if not times:
+        reasons = "; ".join(f"{each.name} {each.dtype} {each.form}: {each.refused}" for each in candidates)
+        raise PolicyError(f"no engine can be built: {reasons}")
+    return candidates[min(times)[1]]
 
 
 def _plain(policy: Policy, dtype: torch.dtype) -> Form:
@@ -170,16 +190,17 @@ def _products(policy: Policy, dtype: torch.dtype) -> Form:
 
 
 def _packed(policy: Policy, dtype: torch.dtype) -> Form:
-    changed, _ = _products(policy, dtype)
-    if not isinstance(changed, DenoisingPolicy) or _device(policy).type != "cpu":
-        raise PolicyError("weights are packed for denoising on a CPU only")
+    if not isinstance(policy, DenoisingPolicy):
+        raise PolicyError(f"a {type(policy).__name__} does not denoise")
+    changed = copy.deepcopy(policy)
+    with_products(changed)
     with_packed_weights(changed.network, dtype)
     return changed, torch.float32
 
 
 FORMS: dict[str, Callable[[Policy, torch.dtype], Form]] = {"packed": _packed, "products": _products, "plain": _plain}
-"""Of a policy: as it is; with matrix products for short convolutions; with weights packed for few rows as well, which
-alone are of the dtype then."""
+"""Of a policy on a CPU: with matrix products for short convolutions and the denoising network's weights packed for few
+rows, which alone are of the dtype then; with those products only; as it is."""
 
 
 def _eager(policy: Policy, dtype: torch.dtype) -> Run:
@@ -196,7 +217,7 @@ def _compiled(policy: Policy, dtype: torch.dtype) -> Run:
     """All of it as one program; where that is too long, one program for the observation and one for a step."""
     if not isinstance(policy, DenoisingPolicy) or _length(policy) <= LONGEST_PROGRAM:
         return _program(_eager(policy, dtype), policy)
-    policy = copy.deepcopy(policy)
+    policy = copy.copy(policy)
     for method in ("features", "_a_hat"):
         setattr(policy, method, _program(getattr(policy, method), policy))
     return _eager(policy, dtype)
@@ -209,17 +230,17 @@ def _length(policy: DenoisingPolicy) -> int:
 
 
 def _program(function: Callable[..., Tensor], policy: Policy) -> Callable[..., Tensor]:
-    on_gpu = _device(policy).type == "cuda"
+    on_gpu = device_of(policy).type == "cuda"
 
     # Torch keeps what it compiles with the code, and counts it there: every engine has a code of its own.
     def run(*args: Any) -> Tensor:
         return function(*args)
 
     run.__code__ = run.__code__.replace()
-    # CUDA graphs replay a program as one launch; on a CPU it is Python's part between the kernels that goes.
-    # Nothing but the engine holds the policy, so only what is given needs a look before each call.
     options: dict[str, Any] = {
+        # Nothing but the engine holds its modules: to look at all of them before each call takes longer than a layer.
         "guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe,
+        # CUDA graphs replay a program as one launch; on a CPU it is Python's part between the kernels that goes.
         "triton.cudagraphs" if on_gpu else "cpp_wrapper": True,
     }
     compiled: Callable[..., Tensor] = torch.compile(run, fullgraph=True, dynamic=False, options=options)
@@ -227,95 +248,41 @@ def _program(function: Callable[..., Tensor], policy: Policy) -> Callable[..., T
     return (lambda *args: compiled(*args).clone()) if on_gpu else compiled
 
 
-ENGINES: dict[str, Maker] = {"eager": _eager, "compiled": _compiled}
-
-
 @final
 class _Trial:
-    """Inputs to measure candidates with."""
+    """Inputs to measure candidates with, and what the policy makes of them.
+
+    Attributes:
+        working: the policy and how to run it, of each candidate that is not refused.
+    """
 
     def __init__(self, policy: Policy, batch: int) -> None:
-        self._policy, self.device = policy, _device(policy)
+        self.device, self._scale = device_of(policy), policy.normalizer.scale(ACTION)
         generator = torch.Generator().manual_seed(0)
-        self.obs = likely_observations(policy, batch, generator)
-        self.noise = draw(policy, batch, None, generator)
-        self._scale = policy.normalizer.scale(ACTION)
+        self._inputs = (likely_observations(policy, batch, generator), *draw(policy, batch, None, generator))
+        self._expected = _eager(policy, torch.float32)(*self._inputs)
+        self.working: dict[Candidate, tuple[Policy, Run]] = {}
 
-    def measure(self, candidate: Candidate, make: Callable[[], Run], tolerance: float) -> tuple[Candidate, Run]:
+    def measure(self, candidate: Candidate, form: Callable[[], Form], make: Maker, tolerance: float) -> Candidate:
         """Build a candidate, compare it with the policy, and time it."""
         try:
-            run = make()
-            error = (self(run) - self(_eager(self._policy, torch.float32))).mul(self._scale).abs().max().item()
+            with _threads(candidate.threads):
+                policy, dtype = form()
+                run = make(policy, dtype)
+                error = (run(*self._inputs) - self._expected).mul(self._scale).abs().max().item()
+                if not error <= tolerance:
+                    refused = f"its error of {error:.2g} is above the tolerance of {tolerance:g}"
+                    return replace(candidate, error=error, refused=refused)
+                measured = replace(candidate, chunk_ms=self._chunk_ms(run), error=error)
         except Exception as failure:  # each compiler that torch drives fails in its own way
-            inner = getattr(failure, "inner_exception", failure)
-            reason = (str(inner).strip().splitlines() or ["no reason given"])[0]
-            return replace(candidate, refused=f"{type(inner).__name__}: {reason}"), _refused
-        if not error <= tolerance:
-            refused = f"its error of {error:.2g} is above the tolerance of {tolerance:g}"
-            return replace(candidate, error=error, refused=refused), _refused
-        return replace(candidate, chunk_ms=self.chunk_ms(run), error=error), run
+            return replace(candidate, refused=_reason(failure))
+        self.working[measured] = policy, run
+        return measured
 
-    def __call__(self, run: Run) -> Tensor:
-        return run(self.obs, *self.noise)
-
-    def chunk_ms(self, run: Run, repeats: int = REPEATS) -> float:
+    def _chunk_ms(self, run: Run) -> float:
         """Median milliseconds of a chunk."""
-        taken = [timed(partial(self, run), self.device)[1] for _ in range(repeats + 3)]
-        return 1e3 * sorted(taken[3:])[repeats // 2]
-
-
-def likely_observations(policy: Policy, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Observations {key: [B, To, ...]} to try a policy with: normal in network units, images of random bytes."""
-
-    def of(key: str, array: ArraySpec) -> Tensor:
-        shape = (batch, policy.spec.observation_steps, *array.shape)
-        if array.dtype == "uint8":
-            return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(_device(policy))
-        return policy.normalizer.unnormalize(key, torch.randn(shape, generator=generator).to(_device(policy)))
-
-    return {key: of(key, array) for key, array in policy.spec.observations.items()}
-
-
-def frozen_copy(policy: Policy, steps: int | None) -> Policy:
-    """A copy that is not trained any more, with K = `steps` where given.
-
-    Raises:
-        PolicyError: the policy does not denoise, or not at the times that they lead to.
-    """
-    frozen = copy.deepcopy(policy).eval().requires_grad_(False)
-    if steps is not None:
-        if not isinstance(frozen, DenoisingPolicy):
-            raise PolicyError(f"steps={steps}: a {type(policy).__name__} does not denoise, leave steps out")
-        frozen.set_steps(steps)
-    return frozen
-
-
-def _best_start(forms: Mapping[str, Form], data: _Trial) -> tuple[str, int]:
-    """The form and the number of CPU threads with which a policy runs fastest, as it is.
-
-    A processor may be faster with matrix products for short convolutions, and with one thread for small products. Of
-    those that differ by less than a measurement does, it is the first: Python's part hides what compiling brings out.
-    """
-    most = torch.get_num_threads()
-    counts = sorted({1, 2, most // 2, most} & set(range(1, most + 1))) if data.device.type == "cpu" else [most]
-    starts = list(product(forms, counts))
-    times = []
-    for form, threads in starts:
-        with _threads(threads):
-            times.append(data.chunk_ms(_eager(*forms[form]), REPEATS // 6))
-    return next(start for start, time in zip(starts, times, strict=True) if time <= 1.1 * min(times))
-
-
-def _fastest(built: Sequence[tuple[Candidate, Run]]) -> tuple[Candidate, Run]:
-    usable = [(candidate.chunk_ms, n) for n, (candidate, _) in enumerate(built) if candidate.chunk_ms is not None]
-    if not usable:
-        reasons = "; ".join(f"{each.name} {each.dtype} {each.form}: {each.refused}" for each, _ in built)
-        raise PolicyError(f"no engine can be built: {reasons}")
-    return built[min(usable)[1]]
-
-
-def _refused(obs: dict[str, Tensor], noise: Tensor, later: Tensor) -> Tensor:
-    raise AssertionError("what was refused is never chosen")
+        taken = [timed(partial(run, *self._inputs), self.device)[1] for _ in range(COLD + REPEATS)]
+        return 1e3 * sorted(taken[COLD:])[REPEATS // 2]
 
 
 @contextmanager
@@ -330,9 +297,13 @@ def _threads(count: int) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def _ordinary(tensor: Tensor) -> Tensor:
-    return tensor.clone() if tensor.is_inference() else tensor
+def _reason(failure: Exception) -> str:
+    """In one line."""
+    inner = getattr(failure, "inner_exception", failure)
+    first = (str(inner).strip().splitlines() or ["no reason given"])[0]
+    return first if isinstance(inner, PolicyError) else f"{type(inner).__name__}: {first}"
 
 
-def _device(policy: Policy) -> Any:
-    return next(policy.buffers()).device
+def _ordinary(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """As a program knows it: other dtypes, layouts or gradients would have it compiled anew."""
+    return tensor.detach().to(device, dtype, copy=True, memory_format=torch.contiguous_format)

@@ -86,7 +86,7 @@ constexpr Multiply<Weight> BY_ROWS[MOST_ROWS + 1] = {
 
 template <class Weight>
 void multiply_panels(const at::Tensor& x, const at::Tensor& panels, const at::Tensor& bias, at::Tensor& y) {
-  const int64_t K = x.size(-1), N = y.size(-1), rows = x.numel() / K, groups = (rows + MOST_ROWS - 1) / MOST_ROWS;
+  const int64_t K = x.size(-1), N = y.size(-1), rows = y.numel() / N, groups = (rows + MOST_ROWS - 1) / MOST_ROWS;
   const float *from = x.const_data_ptr<float>(), *biases = bias.const_data_ptr<float>();
   const Weight* weights = panels.const_data_ptr<Weight>();
   float* to = y.mutable_data_ptr<float>();
@@ -104,12 +104,19 @@ void multiply_panels(const at::Tensor& x, const at::Tensor& panels, const at::Te
       }
     }
   };
-  const int64_t grain = std::max<int64_t>(1, LEAST_WORK / (K * WIDTH * rows));
+  const int64_t grain = std::max<int64_t>(1, LEAST_WORK / std::max<int64_t>(1, K * WIDTH * rows));
   at::parallel_for(0, panels.size(0), grain, some);
 }
 
 // x [..., K] and panels [P, K, WIDTH] with a bias [P * WIDTH] -> [..., outputs].
 at::Tensor few_rows(const at::Tensor& x, const at::Tensor& panels, const at::Tensor& bias, int64_t outputs) {
+  TORCH_CHECK(
+      x.dim() > 0 && x.size(-1) == panels.size(1) && panels.size(2) == WIDTH,
+      "few_rows: x ", x.sizes(), " does not fit panels ", panels.sizes());
+  TORCH_CHECK(
+      panels.is_contiguous() && bias.is_contiguous() && bias.numel() == panels.size(0) * WIDTH &&
+          outputs > bias.numel() - WIDTH && outputs <= bias.numel(),
+      "few_rows: panels ", panels.sizes(), " and bias ", bias.sizes(), " are not of ", outputs, " outputs");
   const at::Tensor rows = x.contiguous();
   std::vector<int64_t> shape = rows.sizes().vec();
   shape.back() = outputs;

@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shlex
 import subprocess
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Lock
 from typing import final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils import cpp_extension
 
 from flowsteer.policies.errors import PolicyError
 
@@ -68,15 +68,25 @@ def with_packed_weights(module: nn.Module, dtype: torch.dtype) -> None:
             with_packed_weights(child, dtype)
 
 
-@cache
 def load_product() -> None:
     """Make the operator of few_rows.cpp known; where this machine has not compiled it yet, that takes 10 seconds.
 
     Raises:
-        PolicyError: it cannot be compiled here.
+        PolicyError: it cannot be compiled or loaded here.
     """
-    torch.ops.load_library(str(_library()))  # type: ignore[no-untyped-call]
-    torch.library.register_fake("flowsteer::few_rows", _shape)
+    with LOCK:
+        if "flowsteer::few_rows" not in LOADED:
+            library = _library()
+            try:
+                torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+            except OSError as error:
+                raise PolicyError(f"{library} cannot be loaded ({error}): delete it") from None
+            torch.library.register_fake("flowsteer::few_rows", _shape)
+            LOADED.add("flowsteer::few_rows")
+
+
+LOCK = Lock()
+LOADED: set[str] = set()
 
 
 def _shape(x: Tensor, panels: Tensor, bias: Tensor, outputs: int) -> Tensor:
@@ -84,28 +94,45 @@ def _shape(x: Tensor, panels: Tensor, bias: Tensor, outputs: int) -> Tensor:
 
 
 def _library() -> Path:
-    compiler, source = os.environ.get("CXX", "c++"), SOURCE.read_text()
-    # A home folder may be seen by machines with other processors.
-    facts = (source, compiler, *FLAGS, torch.__version__, platform.node())
-    folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "flowsteer"
-    library = folder / f"few_rows-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder) as scratch:
+    compiler, source = os.environ.get("CXX") or "c++", SOURCE.read_text()
+    digest = hashlib.sha256(repr((source, compiler, *FLAGS, torch.__version__, _processor())).encode()).hexdigest()
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    library = cache_home / "flowsteer" / f"few_rows-{digest[:16]}.so"
+    if library.exists():
+        return library
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=library.parent) as scratch:
             made = Path(scratch) / library.name
             _compile(compiler, made)
+            with made.open("rb") as file:
+                os.fsync(file.fileno())
             made.replace(library)
+    except OSError as error:
+        raise PolicyError(f"{library} cannot be made ({error}): set XDG_CACHE_HOME to a folder to write to") from None
     return library
 
 
-def _compile(compiler: str, library: Path) -> None:
-    headers = [f"-I{folder}" for folder in cpp_extension.include_paths()]
-    torch_itself = [f"-L{folder}" for folder in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
-    command = [compiler, *FLAGS, *headers, str(SOURCE), "-o", str(library), *torch_itself]
+def _processor() -> list[str]:
+    """What -march=native may depend on: a cache may be seen by machines with other processors."""
     try:
-        subprocess.run(command, check=True, capture_output=True, text=True)
-    except FileNotFoundError:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return [platform.processor(), platform.node()]
+    return sorted({line for line in lines if line.startswith(("flags", "Features", "model name", "CPU part"))})
+
+
+def _compile(compiler: str, library: Path) -> None:
+    # Not at the top: it brings setuptools.
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    torch_itself = [*(f"-I{folder}" for folder in include_paths()), *(f"-L{folder}" for folder in library_paths())]
+    command = [*shlex.split(compiler), *FLAGS, str(SOURCE), "-o", str(library), *torch_itself, "-ltorch_cpu", "-lc10"]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
+    except (FileNotFoundError, PermissionError):
         raise PolicyError(f"there is no C++ compiler '{compiler}': install g++, or name one in CXX") from None
     except subprocess.CalledProcessError as failure:
         first = next((line for line in failure.stderr.splitlines() if "error" in line), "no reason given")
-        raise PolicyError(f"'{compiler}' cannot compile {SOURCE.name}: {first}") from None
+        message = f"'{compiler}' cannot compile {SOURCE.name}, name another compiler in CXX: {first}"
+        raise PolicyError(message) from None

@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from flowsteer.policies.engine import draw, frozen_copy, likely_observations
 from flowsteer.policies.errors import PolicyError
+from flowsteer.policies.freezing import draw, frozen_copy, likely_observations
 from flowsteer.policies.policy import ACTION, Policy
 from flowsteer.policies.samplers import Drawn
 

@@ -124,6 +124,16 @@ class Policy(nn.Module, ABC):
         Raises:
             PolicyError: it is missing or has another shape than the spec's, or an image is not uint8.
         """
+        value = self.checked(key, obs)
+        return value if self.spec.observations[key].dtype == "uint8" else self.normalizer.normalize(key, value)
+
+    @final
+    def checked(self, key: str, obs: Observation) -> Tensor:
+        """An observation [B, To, ...] in physical units, as the spec has it.
+
+        Raises:
+            PolicyError: it is missing or has another shape than the spec's, or an image is not uint8.
+        """
         array = self.spec.observations[key]
         if key not in obs:
             raise PolicyError(f"observation '{key}' is missing; got {sorted(obs)}")
@@ -132,9 +142,7 @@ class Policy(nn.Module, ABC):
         if tuple(value.shape[1:]) != wanted:
             sizes = ", ".join(map(str, wanted))
             raise PolicyError(f"observation '{key}' must have shape [B, {sizes}], got {list(value.shape)}")
-        if array.dtype != "uint8":
-            return self.normalizer.normalize(key, value)
-        if value.dtype != torch.uint8:
+        if array.dtype == "uint8" and value.dtype != torch.uint8:
             raise PolicyError(f"observation '{key}' must be uint8 (0 to 255), got {value.dtype}")
         return value
 
@@ -177,12 +185,14 @@ class Policy(nn.Module, ABC):
         return self.predict(obs, noise=noise, generator=generator)[:, self.spec.executed]
 
     @final
-    def compile_act(self, batch: int = 1, steps: int | None = None, dtype: str = "float32") -> Engine:
+    def compile_act(
+        self, batch: int = 1, steps: int | None = None, dtype: str = "float32", engine: str = "fastest"
+    ) -> Engine:
         """See `flowsteer.policies.engine.compile_act`."""
         # Not at the top: that module knows policies.
         from flowsteer.policies.engine import compile_act
 
-        return compile_act(self, batch, steps, dtype)
+        return compile_act(self, batch, steps, dtype, engine)
 
     def _origin(self, obs: Observation) -> Tensor | float:
         """What chunks are relative to, [B, 1, Da]."""

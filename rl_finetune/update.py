@@ -191,9 +191,10 @@ class Update:
 
     def _check_first(self, sample: Sample, num_envs: int) -> dict[str, float]:
         """Before the first update the new policy is the old one, so that all ratios are 1."""
-        batch = next(self._minibatches(len(sample.kept), self.algorithm.rows, self.config.batch_size))
+        batch = next(self._minibatches(len(sample.kept), self.algorithm.rows, self.config.batch_size)).sort().values
         with torch.no_grad():
-            largest = self.step(sample, batch).log_ratio.abs().max().item()
+            log_ratios = [self.step(sample, part).log_ratio for part in torch.split(batch, self.micro_batch_size)]
+        largest = torch.cat(log_ratios).abs().max().item()
         if not largest < SAME_POLICY:
             raise FinetuneError(
                 f"before the first update the log-ratio is {largest:.3g} where it must be 0: "
@@ -211,8 +212,12 @@ class Update:
         return {"train/signal": functional.cosine_similarity(first, second, dim=0).item()}
 
     def _gradient(self, sample: Sample, batch: Tensor) -> Tensor:
-        gradients = torch.autograd.grad(self.step(sample, batch).loss, self.learning, allow_unused=True)
-        return torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
+        total = torch.zeros((), device=batch.device)
+        for part in torch.split(batch, self.micro_batch_size):
+            loss = len(part) / len(batch) * self.step(sample, part).loss
+            gradients = torch.autograd.grad(loss, self.learning, allow_unused=True)
+            total = total + torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
+        return total
 
     def _encode(self, obs: Observation) -> Tensor:
         """Features [S, N, To, F] of observations {key: [S, N, To, ...]}, one decision of all environments at a time."""

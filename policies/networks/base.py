@@ -61,7 +61,7 @@ class Network(nn.Module, ABC):
         """Times t [N] in [0, 1] -> tensors [N, ...]."""
 
     def settle(self, time: Features) -> Features:
-        """Features of one time, such that `forward` need not look at them to know its way: a compiler cannot."""
+        """Features of one time [1, ...], of which `forward` needs no number to know its way: a compiler cannot look."""
         return time
 
     @abstractmethod

@@ -58,10 +58,10 @@ class StagedNetwork(Network):
         return ((t > self.switch).cpu(), *self.early.embed_time(t), *self.late.embed_time(t))
 
     def settle(self, time: Features) -> Features:
-        """The side of the one time as a width: [0, 0] if it is early, [0, 1] if not."""
+        """The answer [1] for the one time becomes a shape, which a compiler knows: [0, 0] if early, [0, 1] if not."""
         early, late = _halves(time[1:])
-        side = torch.empty(0, 0 if time[0].item() else 1)
-        return (side, *self.early.settle(early), *self.late.settle(late))
+        number = 0 if time[0].item() else 1
+        return (torch.empty(0, number), *self.early.settle(early), *self.late.settle(late))
 
     def embed_observation(self, features: Tensor) -> Features:
         """Encoded observations [B, To, F] -> the features of both networks."""
@@ -70,8 +70,9 @@ class StagedNetwork(Network):
     def forward(self, x: Tensor, time: Features, observation: Features) -> Tensor:
         """Noisy chunks [B, Tp, Da] -> prediction [B, Tp, Da], from the one network if all times are on its side."""
         is_early, times = time[0], _halves(time[1:])
+        settled = is_early.ndim == 2
         calls = list(zip((self.early, self.late), times, _halves(observation), strict=True))
-        if is_early.ndim == 2:
+        if settled:
             calls = [calls[is_early.shape[1]]]
         elif not is_early.any():
             calls = calls[1:]

@@ -31,15 +31,16 @@ def test_both_contenders_make_the_same_chunk(family: str, network: str, steps: i
 
 
 def test_a_row_for_every_combination(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["policies=[flow]", "networks=[mlp]", "steps=[1,2]", "engines=[eager]", "repeats=3", "device=cpu"]
-    assert main(["bench", "latency", *options, f"out={tmp_path}"]) == 0
+    options = ["policies=[flow]", "networks=[mlp]", "steps=[1,2]", "engines=[eager]", "dtypes=[bfloat16]", "repeats=3"]
+    assert main(["bench", "latency", *options, "device=cpu", f"out={tmp_path}"]) == 0
     rows = json.loads((tmp_path / "latency.json").read_text())["rows"]
-    contenders = ["diffusers", "eager"]
+    contenders = ["diffusers", "eager bfloat16"]
     assert [(row["steps"], row["contender"]) for row in rows] == [(k, name) for k in (1, 2) for name in contenders]
     for loop, engine in (rows[:2], rows[2:]):
         assert 0 < engine["p50_ms"] <= engine["p95_ms"] <= engine["p99_ms"]
         assert loop["x_loop"] == 1
         assert engine["form"] in ("packed", "products", "plain")
+        assert (loop["dtype"], engine["dtype"]) == ("float32", "bfloat16")
         assert engine["x_loop"] == pytest.approx(loop["p50_ms"] / engine["p50_ms"])
         assert engine["of_floor"] == pytest.approx(engine["floor_ms"] / engine["p50_ms"])
     table = capsys.readouterr().out
@@ -52,7 +53,7 @@ def test_the_floor_counts_the_products_of_a_step(monkeypatch: pytest.MonkeyPatch
     policy = make_policy("flow", "mlp", 2)
     chunk, hidden = SPEC.prediction_steps * SPEC.action_dim, 256
     products = 2 * chunk * hidden + 4 * 2 * hidden * 2 * hidden
-    assert step_floor_ms(policy, gflops=1.0) == pytest.approx(2 * products * 1e-6)
+    assert step_floor_ms(policy, gflops=1.0, size=4) == pytest.approx(2 * products * 1e-6)
 
 
 def test_the_floor_counts_the_weights_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +62,8 @@ def test_the_floor_counts_the_weights_of_a_step(monkeypatch: pytest.MonkeyPatch)
     policy = make_policy("flow", "mlp", 2)
     parts = (policy.network.chunk_input, policy.network.blocks, policy.network.norm, policy.network.output)
     weights = sum(parameter.numel() for part in parts for parameter in part.parameters())
-    assert step_floor_ms(policy, gflops=1e9) == pytest.approx(1e3 * weights)
+    assert step_floor_ms(policy, gflops=1e9, size=4) == pytest.approx(1e3 * weights)
+    assert step_floor_ms(policy, gflops=1e9, size=2) == pytest.approx(1e3 * weights / 2, abs=1e3)
 
 
 @pytest.mark.parametrize(

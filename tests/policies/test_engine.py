@@ -1,4 +1,6 @@
+from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import numpy as np
 import pytest
@@ -80,8 +82,12 @@ def test_an_eager_engine_is_the_policy(family):
     assert act(obs, generator=seeded(1)).shape == (4, 3, 2)
 
 
-@pytest.mark.parametrize(("family", "sizes"), [("ddpm", [2]), ("flow_sde", [2]), ("staged", [1]), ("gaussian", [2, 1])])
-def test_compiled_engines_are_the_policy_within_their_tolerance(family, sizes, quick_compiler):
+@pytest.mark.parametrize(
+    ("family", "sizes", "form"),
+    [("ddpm", [2], "packed"), ("flow_sde", [2], "plain"), ("staged", [1], "packed"), ("gaussian", [2, 1], "plain")],
+)
+def test_compiled_engines_are_the_policy_within_their_tolerance(family, sizes, form, quick_compiler, monkeypatch):
+    monkeypatch.setattr(engine, "FORMS", {form: engine.FORMS[form]})
     policy = fitted(FAMILIES[family])
     acts = {batch: compile_act(policy, batch=batch, engine="compiled") for batch in sizes}
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -89,17 +95,37 @@ def test_compiled_engines_are_the_policy_within_their_tolerance(family, sizes, q
             for seed in range(3):
                 obs = observed(batch, seed=seed)
                 torch.testing.assert_close(act(obs, generator=seeded(seed)), policy.act(obs, generator=seeded(seed)))
-            with torch.inference_mode():
-                assert act(observed(batch)).shape == (batch, 3, 2)
-            assert act.chosen.name == "compiled"
+            assert (act.chosen.name, act.chosen.form) == ("compiled", form)
             assert act.chosen.error < 1e-4
+
+
+def test_what_is_given_may_come_in_any_layout_dtype_and_mode(quick_compiler):
+    policy = fitted(FAMILIES["flow"])
+    with torch.inference_mode():
+        act = compile_act(policy, engine="compiled")
+    obs, noise = observed(1), torch.randn(1, 6, 2, generator=seeded(0))
+    expected = policy.act(obs, noise=noise)
+    ways = [
+        lambda x: x.double(),
+        lambda x: x.clone().requires_grad_(),
+        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda x: x[0].expand(1, *x.shape[1:]),
+    ]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for way in ways:
+            actions = act({key: way(value) for key, value in obs.items()}, noise=way(noise))
+            torch.testing.assert_close(actions, expected)
+            assert not actions.requires_grad
+        with torch.inference_mode():
+            torch.testing.assert_close(act(observed(1), noise=noise.clone()), expected)
 
 
 def test_a_long_chunk_is_compiled_step_by_step(monkeypatch, quick_compiler):
     programs, make = [], engine._program
+    monkeypatch.setattr(engine, "FORMS", {"packed": engine.FORMS["packed"]})
     monkeypatch.setattr(engine, "LONGEST_PROGRAM", 5)
     monkeypatch.setattr(engine, "_program", lambda run, policy: programs.append(run.__name__) or make(run, policy))
-    policy = fitted(FAMILIES["ddpm"])
+    policy = fitted(FAMILIES["staged"])
     act = compile_act(policy, engine="compiled")
     assert programs == ["features", "_a_hat"]
     assert "features" not in vars(policy), "the policy itself stays as it is"
@@ -124,64 +150,103 @@ def test_layers_are_written_in_the_form_that_is_fastest(monkeypatch, slow, form,
     def slowed(forward):
         return lambda *args: (torch.linalg.svd(torch.eye(100)), forward(*args))[1]
 
-    policy = fitted(UNET)
+    policy, calls, forward = fitted(UNET), [], layer.forward
     for kind in slow:
         monkeypatch.setattr(kind, "forward", slowed(kind.forward))
     act = compile_act(policy, engine="eager")
     assert act.chosen.form == form
-    frozen, _ = engine.FORMS[form](policy, torch.float32)
-    assert layer in {type(module) for module in frozen.modules()}
-    torch.testing.assert_close(act(observed(1), generator=seeded(0)), policy.act(observed(1), generator=seeded(0)))
+    assert {(c.form, c.refused) for c in act.candidates} == {("packed", None), ("products", None), ("plain", None)}
+    monkeypatch.setattr(layer, "forward", lambda *args: calls.append(args) or forward(*args))
+    actions = act(observed(1), generator=seeded(0))
+    assert len(calls) > 10
+    torch.testing.assert_close(actions, policy.act(observed(1), generator=seeded(0)))
 
 
 def test_packed_weights_are_all_that_is_rounded(monkeypatch):
-    monkeypatch.setattr(engine, "_best_start", lambda forms, data: ("packed", 1))
+    monkeypatch.setattr(engine, "FORMS", {"packed": engine.FORMS["packed"]})
     policy = fitted(UNET)
     act = compile_act(policy, dtype="bfloat16", engine="eager")
-    assert (act.chosen.form, act.chosen.dtype) == ("packed", "bfloat16")
+    assert act.chosen.dtype == "bfloat16"
     assert 1e-5 < act.chosen.error < 0.02
     frozen, dtype = engine.FORMS["packed"](policy, torch.bfloat16)
     assert dtype == torch.float32
     assert {module.panels.dtype for module in frozen.modules() if isinstance(module, PackedLinear)} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("family", ["ebt", "gaussian"])
-def test_only_what_denoises_has_packed_weights(family):
-    act = compile_act(fitted(FAMILIES[family]), engine="eager")
-    assert act.chosen.form in ("products", "plain")
-    assert act.candidates[-1].form == "packed"
-    assert act.candidates[-1].refused == "weights are packed for denoising on a CPU only"
+def test_only_what_denoises_has_packed_weights():
+    act = compile_act(fitted(FAMILIES["gaussian"]), engine="eager")
+    assert act.candidates[0].form == "packed"
+    assert act.candidates[0].refused == "a GaussianPolicy does not denoise"
+
+
+def test_a_form_that_errs_or_fails_leaves_the_others(monkeypatch):
+    def wrong(policy, dtype):
+        changed, dtype = engine.FORMS["products"](policy, dtype)
+        changed.network.output.bias += 1
+        return changed, dtype
+
+    def broken(policy, dtype):
+        raise OSError("no room")
+
+    monkeypatch.setattr(engine, "FORMS", {"wrong": wrong, "broken": broken, **engine.FORMS})
+    policy = fitted(FAMILIES["flow"])
+    act = compile_act(policy, engine="eager")
+    reasons = {candidate.form: candidate.refused for candidate in act.candidates}
+    assert reasons["wrong"].endswith("is above the tolerance of 0.0001")
+    assert reasons["broken"] == "OSError: no room"
+    torch.testing.assert_close(act(observed(1), generator=seeded(0)), policy.act(observed(1), generator=seeded(0)))
+
+
+def test_a_form_that_does_not_compile_is_compiled_in_another(monkeypatch):
+    def compiled(policy, dtype):
+        if any(isinstance(module, PackedLinear) for module in policy.modules()):
+            raise RuntimeError("not this one")
+        return engine._eager(policy, dtype)
+
+    monkeypatch.setattr(engine, "_compiled", compiled)
+    monkeypatch.setattr(engine, "_best_first", lambda measured: [c for c in measured if c.threads == 1])
+    act = compile_act(fitted(FAMILIES["flow"]), engine="compiled")
+    assert act.chosen.form == "products"
+    assert [(c.form, c.refused) for c in act.candidates if c.name == "compiled"] == [
+        ("packed", "RuntimeError: not this one"),
+        ("products", None),
+    ]
+
+
+def test_alike_forms_are_compiled_in_their_order_and_each_once():
+    def measured(form, threads, chunk_ms):
+        return engine.Candidate("eager", "float32", form, threads, chunk_ms)
+
+    slow, alike, also, fast = (
+        measured("packed", 2, 9.0),
+        measured("packed", 1, 1.09),
+        measured("products", 1, 1.2),
+        measured("plain", 1, 1.0),
+    )
+    refused = engine.Candidate("eager", "float32", "other", 1, refused="why")
+    assert engine._best_first([slow, alike, also, fast, refused]) == [alike, fast, also]
+    assert engine._best_first([refused]) == []
 
 
 def test_without_a_compiler_the_other_forms_are_left(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    few_rows.load_product.cache_clear()
+    monkeypatch.setattr(few_rows, "LOADED", set())
     act = compile_act(fitted(FAMILIES["flow"]), engine="eager")
     assert act.chosen.form != "packed"
-    assert act.candidates[-1].refused == (
-        "there is no C++ compiler 'no-such-compiler': install g++, or name one in CXX"
-    )
+    assert act.candidates[0].refused == "there is no C++ compiler 'no-such-compiler': install g++, or name one in CXX"
 
 
 def test_the_fastest_of_what_was_measured_is_taken(monkeypatch):
-    policy = fitted(FAMILIES["flow"])
-
-    def slow(frozen, dtype):
-        run = engine._eager(frozen, dtype)
+    def slow(policy, dtype):
+        run = engine._eager(policy, dtype)
         return lambda *args: (torch.linalg.svd(torch.eye(200)), run(*args))[1]
 
-    monkeypatch.setattr(engine, "ENGINES", {"slow": slow, "eager": engine._eager})
-    act = policy.compile_act(dtype="auto")
+    monkeypatch.setattr(engine, "_compiled", slow)
+    act = fitted(FAMILIES["flow"]).compile_act(dtype="auto")
     assert act.chosen.name == "eager"
-    assert [(c.name, c.dtype) for c in act.candidates] == [
-        ("slow", "float32"),
-        ("eager", "float32"),
-        ("slow", "bfloat16"),
-        ("eager", "bfloat16"),
-    ]
+    assert {(c.name, c.dtype) for c in act.candidates} == set(product(("eager", "compiled"), ("float32", "bfloat16")))
     assert act.chosen.chunk_ms == min(c.chunk_ms for c in act.candidates)
-    assert act.candidates[0].chunk_ms > act.candidates[1].chunk_ms
 
 
 def test_from_images_and_in_bfloat16():
@@ -223,10 +288,10 @@ def test_what_cannot_be_built_says_why_and_is_left_out(monkeypatch):
     def broken(frozen, dtype):
         raise RuntimeError("no compiler\nis here")
 
-    monkeypatch.setattr(engine, "ENGINES", {"eager": engine._eager, "compiled": broken})
+    monkeypatch.setattr(engine, "_compiled", broken)
     act = compile_act(policy)
     assert act.chosen.name == "eager"
-    assert act.candidates[1].refused == "RuntimeError: no compiler"
+    assert act.candidates[-1].refused == "RuntimeError: no compiler"
     with pytest.raises(PolicyError, match=r"no engine can be built: compiled float32 \w+: RuntimeError: no compiler"):
         compile_act(policy, engine="compiled")
 
@@ -239,14 +304,13 @@ def test_what_is_not_exact_enough_is_left_out(monkeypatch):
     assert compile_act(policy, dtype="auto", engine="eager").chosen.dtype == "float32"
 
 
-def test_the_threads_of_others_stay_as_they_are(monkeypatch):
-    seen, policy = [], fitted(FAMILIES["flow"])
-    monkeypatch.setattr(engine, "_best_start", lambda forms, data: ("plain", 1))
+def test_an_engine_has_its_own_number_of_threads():
     torch.set_num_threads(2)
-    act = compile_act(policy, engine="eager")
+    act, seen = compile_act(fitted(FAMILIES["flow"]), engine="eager"), []
+    assert {candidate.threads for candidate in act.candidates} == {1, 2}
+    act.chosen = replace(act.chosen, threads=1)
     act._run = lambda *args: seen.append(torch.get_num_threads())
     act(observed(1))
-    assert act.chosen.threads == 1
     assert seen == [1]
     assert torch.get_num_threads() == 2
 
@@ -267,14 +331,16 @@ def test_options_out_of_range_are_refused(family, options, message):
     assert str(error.value).startswith(message)
 
 
-def test_observations_that_do_not_fit_are_refused():
-    act = compile_act(fitted(FAMILIES["flow"]), batch=2, engine="eager")
-    with pytest.raises(PolicyError) as error:
-        act(observed(3))
-    assert str(error.value) == (
-        "this engine was built for batches of 2, observation 'state' has 3: build another with compile_act"
-    )
-    obs = observed(2)
-    del obs["finger"]
-    with pytest.raises(PolicyError, match="observation 'finger' is missing"):
-        act(obs)
+@pytest.mark.parametrize("name", ["eager", "compiled"])
+def test_inputs_that_do_not_fit_are_refused(name, monkeypatch, quick_compiler):
+    monkeypatch.setattr(engine, "FORMS", {"plain": engine.FORMS["plain"]})
+    act = compile_act(fitted(FAMILIES["flow"]), batch=2, engine=name)
+    for obs, noise, message in [
+        (observed(3), None, "this engine was built for batches of 2, observation 'state' has 3: build another with"),
+        ({"state": observed(2)["state"]}, None, "observation 'finger' is missing; got ['state']"),
+        ({**observed(2), "finger": torch.zeros(2, 2, 3)}, None, "observation 'finger' must have shape [B, 2, 2], got"),
+        (observed(2), torch.zeros(2, 5, 2), "noise must have shape [2, 6, 2], got [2, 5, 2]"),
+    ]:
+        with pytest.raises(PolicyError) as error:
+            act(obs, noise=noise)
+        assert str(error.value).startswith(message)

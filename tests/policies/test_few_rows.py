@@ -21,7 +21,7 @@ def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 20), st.integers(1, 70), st.integers(1, 70), st.booleans())
+@given(st.integers(0, 20), st.integers(1, 70), st.integers(1, 70), st.booleans())
 def test_a_packed_layer_is_the_layer(rows: int, inputs: int, outputs: int, bias: bool) -> None:
     layer = linear(inputs, outputs, bias)
     x = torch.randn(rows, inputs)
@@ -69,9 +69,25 @@ def test_every_plain_layer_is_packed_and_no_other() -> None:
     assert kinds == ["Sequential", "PackedLinear", "Sequential", "PackedLinear", "LayerNorm", "Conv1d"]
 
 
+@pytest.mark.parametrize(
+    ("x", "outputs"), [(torch.zeros(2, 6), 7), (torch.zeros(2, 4), 7), (torch.tensor(1.0), 7), (torch.zeros(2, 5), 17)]
+)
+def test_sizes_that_do_not_fit_are_refused(x: torch.Tensor, outputs: int) -> None:
+    packed = PackedLinear(linear(5, 7), torch.float32)
+    packed.outputs = outputs
+    with pytest.raises(RuntimeError, match=r"few_rows: (x .* does not fit panels|panels .* are not of 17 outputs)"):
+        packed(x)
+
+
+def test_it_takes_float32_only() -> None:
+    with pytest.raises(RuntimeError, match="expected scalar type Float but found Double"):
+        PackedLinear(linear(5, 7), torch.float32)(torch.zeros(2, 5, dtype=torch.float64))
+
+
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(few_rows, "LOADED", set())
     return tmp_path / "flowsteer"
 
 
@@ -81,11 +97,27 @@ def test_what_does_not_compile_is_named_and_leaves_nothing(
     broken = tmp_path / "broken.cpp"
     broken.write_text("int f() { return x; }")
     monkeypatch.setattr(few_rows, "SOURCE", broken)
-    with pytest.raises(
-        PolicyError, match=r"'c\+\+' cannot compile broken.cpp: .*broken.cpp:1:18: error: .x. was not declared"
-    ):
-        few_rows._library()
+    monkeypatch.setenv("CXX", "g++ -Wall")
+    with pytest.raises(PolicyError) as error:
+        few_rows.load_product()
+    start = "'g++ -Wall' cannot compile broken.cpp, name another compiler in CXX: "
+    assert str(error.value).startswith(start)
+    assert "broken.cpp:1:18: error: 'x' was not declared" in str(error.value)
     assert not list(empty_cache.iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(few_rows, "LOADED", set())
+    with pytest.raises(PolicyError, match=r"file/flowsteer/few_rows-\w+.so cannot be made .*: set XDG_CACHE_HOME to"):
+        few_rows.load_product()
+
+
+def test_a_broken_library_is_named(empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(few_rows, "_compile", lambda compiler, library: library.write_bytes(b"cut off"))
+    with pytest.raises(PolicyError, match=r"few_rows-\w+.so cannot be loaded \(.*\): delete it"):
+        few_rows.load_product()
 
 
 def test_it_is_compiled_once_for_each_source(
@@ -94,9 +126,15 @@ def test_it_is_compiled_once_for_each_source(
     compiled, compiler = [], few_rows._compile
     monkeypatch.setattr(few_rows, "SOURCE", tmp_path / "tiny.cpp")
     monkeypatch.setattr(few_rows, "_compile", lambda *args: (compiled.append(args), compiler(*args)))
-    texts = ["int f() { return 1; }", "int f() { return 1; }", "int f() { return 2; }"]
-    for text in texts:
+    for text in ["int f() { return 1; }", "int f() { return 1; }", "int f() { return 2; }"]:
         few_rows.SOURCE.write_text(text)
         assert few_rows._library().is_file()
     assert len(compiled) == 2
     assert len(list(empty_cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize("gone", [Path("/nothing/here"), None])
+def test_the_library_belongs_to_a_processor(gone: Path | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if gone is not None:
+        monkeypatch.setattr(Path, "read_text", lambda path: (gone / "x").read_bytes().decode())
+    assert few_rows._processor()
