@@ -94,9 +94,11 @@ def test_a_run_that_was_stopped_equals_one_that_went_on(make_loop, tmp_path, nam
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_minibatch_in_parts_is_the_same_minibatch(make_loop, name):
     whole, parts = (make_loop(name, env_steps=200, micro_batch_size=size) for size in (1000, 7))
-    one, other = Record(), Record()
+    one, other, sizes, step = Record(), Record(), set(), parts.update.step
+    parts.update.step = lambda sample, batch: sizes.add(len(batch)) or step(sample, batch)
     whole.train(one)
     parts.train(other)
+    assert max(sizes) == 7, "the checks before an update as well"
     for key, value in one.rows[-1][1].items():
         if not key.startswith("time/"):
             assert other.rows[-1][1][key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
