@@ -1,23 +1,25 @@
 #!/bin/bash
-# Fine-tuning on Push-T, as in benchmarks/README.md: benchmarks/pusht_finetune.sh dppo|fpo SEED [option=value ...]
-# Clones runs/pusht_weak from the human demonstrations, stopped early, where it is not there yet; then fine-tunes it to
-# runs/pusht_ALGO_SEED. Both are judged, all on one thread; the demonstrations come from `flowsteer data fetch pusht data`.
+# Fine-tuning on Push-T, as in benchmarks/README.md: benchmarks/pusht_finetune.sh weak|strong dppo|fpo SEED [option=value ...]
+# Clones runs/pusht_weak from the human demonstrations, stopped early (or runs/pusht_strong, not stopped), where it is
+# not there yet; then fine-tunes it to runs/pusht_weak_ALGO_SEED. Both are judged, all on one thread; the demonstrations
+# come from `flowsteer data fetch pusht data`.
 set -e
-algo=$1 seed=$2 base=runs/pusht_weak run=runs/pusht_$1_$2
-shift 2
+kind=$1 algo=$2 seed=$3 base=runs/pusht_$1 run=runs/pusht_$1_$2_$3
+shift 3
 export OMP_NUM_THREADS=1
-if [ ! -e $base ]; then
-    flowsteer train task=pusht_features dataset=data/pusht/pusht_cchi_v7_replay.zarr policy=flow out=$base \
+declare -A steps=([weak]=3000 [strong]=15000)
+if [ ! -e "$base" ]; then
+    flowsteer train task=pusht_features dataset=data/pusht/pusht_cchi_v7_replay.zarr policy=flow out="$base" \
         data.mirror=true policy.relative_to=agent_position 'policy.normalizers={action: mean_std}' policy.clip=null \
         policy.network.hidden=128 policy.network.blocks=3 policy.steps=5 horizon.observation_steps=1 \
-        train.steps=3000 train.warmup_steps=200 train.evaluate_every=0
-    flowsteer eval checkpoint=$base episodes=100 seed=10000
+        train.steps="${steps[$kind]}" train.warmup_steps=200 train.evaluate_every=0
+    flowsteer eval checkpoint="$base" episodes=100 seed=10000
 fi
 declare -A own=(
     [dppo]="algo.fine_tuned_steps=5 algo.clip_first=0.01 train.lr=2e-4 train.target_kl=0.01 train.batch_size=5000"
-    [fpo]="algo.surrogate=aspo algo.perturbation=0.1 train.lr=1e-4 train.target_kl=0.01 train.batch_size=1000"
+    [fpo]="algo.surrogate=aspo algo.as_eps=false algo.perturbation=0.1 train.lr=5e-5 train.target_kl=0.01 train.batch_size=1000"
 )
 # shellcheck disable=SC2086 # one option a word
-flowsteer finetune algo="$algo" checkpoint=$base seed="$seed" out="$run" ${own[$algo]} \
+flowsteer finetune algo="$algo" checkpoint="$base" seed="$seed" out="$run" ${own[$algo]} \
     sim.num_envs=128 train.decisions=76 train.env_steps=3000000 train.evaluate_every=5 eval.episodes=100 "$@"
 flowsteer eval checkpoint="$run" episodes=100 seed=10000

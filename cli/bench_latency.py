@@ -24,6 +24,7 @@ from flowsteer.cli.devices import find_device
 from flowsteer.cli.errors import unknown
 from flowsteer.configs.groups import DENOISERS, ENCODERS, POLICIES
 from flowsteer.datasets.key_statistics import KeyStatistics
+from flowsteer.datasets.progress import ProgressBar
 from flowsteer.policies.build import build
 from flowsteer.policies.denoising import DenoisingPolicy
 from flowsteer.policies.engine import Engine, compile_act
@@ -47,6 +48,7 @@ class LatencyBenchmark:
 
     Attributes:
         policies, networks: names as in `flowsteer train`.
+        network_options: of all these networks, e.g. +network_options.hidden=512.
         steps: K, denoising steps.
         engines: "eager" and "compiled", see `compile_act`.
         dtypes: of the engines.
@@ -56,6 +58,7 @@ class LatencyBenchmark:
 
     policies: list[str] = field(default_factory=lambda: ["diffusion", "flow"])
     networks: list[str] = field(default_factory=lambda: list(DENOISERS))
+    network_options: dict[str, Any] = field(default_factory=dict)
     steps: list[int] = field(default_factory=lambda: [1, 10])
     engines: list[str] = field(default_factory=lambda: ["eager", "compiled"])
     dtypes: list[str] = field(default_factory=lambda: ["float32"])
@@ -77,12 +80,15 @@ def measure(config: DictConfig) -> dict[str, Any]:
     gflops = matrix_product_gflops(device)
     rows: list[dict[str, Any]] = []
     weights: dict[str, int] = {}
-    for family, network, steps in product(config.policies, config.networks, config.steps):
-        policy = make_policy(family, network, steps).to(device)
-        weights[network] = sum(parameter.numel() for parameter in policy.network.parameters())
-        facts = {"policy": family, "network": network, "steps": steps}
-        floors = {dtype: steps * step_floor_ms(policy, gflops, size) for dtype, size in BYTES.items()}
-        rows += [{**facts, **row} for row in _contest(policy, LOOPS[family](policy, steps), floors, config)]
+    kinds = list(product(config.policies, config.networks, config.steps))
+    with ProgressBar("building and racing", len(kinds), "policies") as bar:
+        for family, network, steps in kinds:
+            policy = make_policy(family, network, steps, config.network_options).to(device)
+            weights[network] = sum(parameter.numel() for parameter in policy.network.parameters())
+            facts = {"policy": family, "network": network, "steps": steps}
+            floors = {dtype: steps * step_floor_ms(policy, gflops, size) for dtype, size in BYTES.items()}
+            rows += [{**facts, **row} for row in _contest(policy, LOOPS[family](policy, steps), floors, config)]
+            bar.advance()
     facts = {"device": str(device), "repeats": config.repeats, "weights": weights, "matrix_product_gflops": gflops}
     return {"rows": rows, **facts}
 
@@ -101,12 +107,16 @@ def _contest(
         yield {"contender": name, **way, **_scores(name, times, floors[str(way["dtype"])])}
 
 
-def make_policy(family: str, network: str, steps: int) -> DenoisingPolicy:
+def make_policy(family: str, network: str, steps: int, options: Mapping[str, Any] | None = None) -> DenoisingPolicy:
     """A policy for `SPEC`; unclipped, because the schedulers clip otherwise, and with no layer left at zero."""
     for kind, name, known in (("policy", family, LOOPS), ("network", network, DENOISERS)):
         if name not in known:
             raise unknown(kind, name, known)
-    parts = {"network": DENOISERS[network], "encoder": ENCODERS["low_dim"], "steps": steps, "clip": None}
+    structured = OmegaConf.structured(DENOISERS[network])
+    for option in options or {}:
+        if option not in structured:
+            raise unknown(f"option of {network}", option, [key for key in structured if not key.startswith("_")])
+    parts = {"network": {**structured, **(options or {})}, "encoder": ENCODERS["low_dim"], "steps": steps, "clip": None}
     torch.manual_seed(0)
     config = OmegaConf.merge(OmegaConf.structured(POLICIES[family]["policy"]), parts)
     assert isinstance(config, DictConfig)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
+from statistics import median
 from typing import Any, final
 
 import torch
@@ -42,8 +43,8 @@ DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "bfloat16": (torch.bfloat16,),
     "auto": (torch.float32, torch.bfloat16),
 }
-COLD, REPEATS = 3, 10
-"""Chunks of a measurement: the first ones count for nothing."""
+COLD, LEAST, MOST, ENOUGH_S = 3, 10, 300, 0.3
+"""Chunks of a measurement: the first ones count for nothing, short ones are repeated for a third of a second."""
 LONGEST_PROGRAM = 700
 """Most layers in one program, those of every step counted: ten steps of the MLP have 330, of the U-Net 1,000."""
 
@@ -281,8 +282,10 @@ class _Trial:
 
     def _chunk_ms(self, run: Run) -> float:
         """Median milliseconds of a chunk."""
-        taken = [timed(partial(run, *self._inputs), self.device)[1] for _ in range(COLD + REPEATS)]
-        return 1e3 * sorted(taken[COLD:])[REPEATS // 2]
+        chunk = partial(run, *self._inputs)
+        cold = [timed(chunk, self.device)[1] for _ in range(COLD)]
+        repeats = min(MOST, max(LEAST, int(ENOUGH_S / cold[-1])))
+        return 1e3 * median(timed(chunk, self.device)[1] for _ in range(repeats))
 
 
 @contextmanager

@@ -32,8 +32,13 @@ def test_both_contenders_make_the_same_chunk(family: str, network: str, steps: i
 
 def test_a_row_for_every_combination(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["policies=[flow]", "networks=[mlp]", "steps=[1,2]", "engines=[eager]", "dtypes=[bfloat16]", "repeats=3"]
+    options += ["+network_options.hidden=32", "+network_options.blocks=1"]
     assert main(["bench", "latency", *options, "device=cpu", f"out={tmp_path}"]) == 0
-    rows = json.loads((tmp_path / "latency.json").read_text())["rows"]
+    written = json.loads((tmp_path / "latency.json").read_text())
+    rows = written["rows"]
+    small = make_policy("flow", "mlp", 1, {"hidden": 32, "blocks": 1}).network
+    assert written["weights"] == {"mlp": sum(parameter.numel() for parameter in small.parameters())}
+    assert len(small.blocks) == 1
     contenders = ["diffusers", "eager bfloat16"]
     assert [(row["steps"], row["contender"]) for row in rows] == [(k, name) for k in (1, 2) for name in contenders]
     for loop, engine in (rows[:2], rows[2:]):
@@ -71,6 +76,7 @@ def test_the_floor_counts_the_weights_of_a_step(monkeypatch: pytest.MonkeyPatch)
     [
         ("policies=[gaussian]", "policy 'gaussian' is unknown; nearest: "),
         ("networks=[mpl]", "network 'mpl' is unknown; nearest: mlp"),
+        ("+network_options.hiden=512", "option of mlp 'hiden' is unknown; nearest: hidden"),
         ("networks=[]", "networks is empty: give at least one"),
         ("steps=[]", "steps is empty: give at least one"),
         ("steps=[1,0]", "steps must be positive, got 0"),
