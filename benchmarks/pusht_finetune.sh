@@ -17,7 +17,7 @@ if [ ! -e "$base" ]; then
 fi
 declare -A own=(
     [dppo]="algo.fine_tuned_steps=5 algo.clip_first=0.01 train.lr=2e-4 train.target_kl=0.01 train.batch_size=5000"
-    [fpo]="algo.surrogate=aspo algo.as_eps=false algo.perturbation=0.1 train.lr=5e-5 train.target_kl=0.01 train.batch_size=1000"
+    [fpo]="algo.surrogate=aspo algo.perturbation=0.1 train.lr=5e-5 train.target_kl=0.01 train.batch_size=1000"
 )
 # shellcheck disable=SC2086 # one option a word
 flowsteer finetune algo="$algo" checkpoint="$base" seed="$seed" out="$run" ${own[$algo]} \

@@ -6,7 +6,7 @@ task=$1 algo=$2 seed=$3 run=${RUN:-runs/$1_$2_$3}
 shift 3
 export OMP_NUM_THREADS=1
 declare -A own=(
-    [fpo]="policy=flow policy.network.hidden=64 policy.network.blocks=2 policy.steps=5 algo.perturbation=0.3 algo.surrogate=aspo train.target_kl=0.01 train.batch_size=256"
+    [fpo]="policy=flow policy.network.hidden=64 policy.network.blocks=2 policy.steps=5 algo.as_eps=true algo.perturbation=0.3 algo.surrogate=aspo train.target_kl=0.01 train.batch_size=256"
     [ppo]="policy=gaussian policy.hidden=[128,128]"
 )
 # shellcheck disable=SC2086 # one option a word

@@ -37,7 +37,7 @@ class FPO(Algorithm):
         reduction: of the loss over the steps and action dimensions: "mean", "sqrt" or "sum".
         whole_chunk: count the predicted steps that are not executed as well.
         as_eps: measure the error of the noise rather than that of what the network predicts. From nothing it learns
-            faster; on the linear path it weighs time t by (1 - t)^2, and so lets a cloned policy drift where t is near 1.
+            faster; on the linear path it weighs time t by (1 - t)^2, so that a cloned policy drifts where t is near 1.
         huber: where the loss turns from square to linear; null for the square.
         loss_limit: losses are clamped to it, gradients pass through.
         ratio_limit: so is the log-ratio, to +-ratio_limit.
@@ -58,7 +58,7 @@ class FPO(Algorithm):
         surrogate: str = "ppo",
         reduction: str = "mean",
         whole_chunk: bool = False,
-        as_eps: bool = True,
+        as_eps: bool = False,
         huber: float | None = None,
         loss_limit: float = 20.0,
         ratio_limit: float = 3.0,
