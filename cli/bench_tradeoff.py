@@ -70,7 +70,7 @@ def _evaluation(folder: Path, name: str, stored: Mapping[str, Any]) -> Run:
     return {
         "task": result["task"],
         "evaluation": name,
-        "policy": target_name(policy),
+        "policy": _family(policy),
         "steps": policy.get("steps"),
         "seed": stored["seed"],
         "execution": result["execution"],
@@ -80,6 +80,11 @@ def _evaluation(folder: Path, name: str, stored: Mapping[str, Any]) -> Run:
         "episodes": result["episodes"],
         **{score: result[score] for score in PLOTTED},
     }
+
+
+def _family(policy: Mapping[str, Any]) -> str:
+    """Students of diffusion and of flow differ in their path alone."""
+    return ", ".join(target_name(part) for part in (policy, policy.get("path")) if part is not None)
 
 
 def _row(runs: list[Run]) -> dict[str, Any]:

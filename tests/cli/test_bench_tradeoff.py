@@ -48,20 +48,33 @@ def test_evaluations_are_grouped_by_policy_and_execution(tmp_path: Path, capsys:
         judge(run, "sync", sync, "sync", 10.0)
         judge(run, "rti", rti, "rti", evaluations)
     judge(runs[0], "often", 1.0, "rti", 1.0, execution_steps=1)
-    student = make_run(tmp_path / "student", 0, {"_target_": "flowsteer.policies.x.ConsistencyPolicy", "steps": 1})
-    judge(student, "sync", 0.5, "sync", 1.0)
-    assert bench(tmp_path / "out", [*runs, student], "judged=[sync,rti,often]", "name=fast") == 0
+    students = [
+        make_run(
+            tmp_path / path,
+            0,
+            {
+                "_target_": "flowsteer.policies.x.ConsistencyPolicy",
+                "steps": 1,
+                "path": {"_target_": f"flowsteer.policies.paths.{path}"},
+            },
+        )
+        for path in ("LinearPath", "VariancePreservingPath")
+    ]
+    for student in students:
+        judge(student, "sync", 0.5, "sync", 1.0)
+    assert bench(tmp_path / "out", [*runs, *students], "judged=[sync,rti,often]", "name=fast") == 0
     result = json.loads((tmp_path / "out" / "fast.json").read_text())
     assert [(row["policy"], row["execution"], row["execution_steps"], row["seeds"]) for row in result["rows"]] == [
         ("FlowPolicy", "sync", 4, 2),
         ("FlowPolicy", "rti", 4, 2),
         ("FlowPolicy", "rti", 1, 1),
-        ("ConsistencyPolicy", "sync", 4, 1),
+        ("ConsistencyPolicy, LinearPath", "sync", 4, 1),
+        ("ConsistencyPolicy, VariancePreservingPath", "sync", 4, 1),
     ]
     warm = result["rows"][1]
     assert warm["network_evaluations"] == 2.0
     assert warm["max_reward"] == pytest.approx({"mean": 0.65, "lowest": 0.6, "highest": 0.7})
-    assert len(result["runs"]) == 6
+    assert len(result["runs"]) == 7
     assert (tmp_path / "out" / "fast.png").stat().st_size > 0
     assert "0.65 (0.6 to 0.7)" in capsys.readouterr().out
 
