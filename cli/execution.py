@@ -56,7 +56,9 @@ def execute_steps(policy: Policy, config: DictConfig) -> None:
 def name_of(config: DictConfig) -> str:
     """What tells the results of another execution from those of the plain one, as a part of a folder's name."""
     execution, steps = config.get("execution", SYNC), config.horizon.execution_steps
-    return ("" if execution == SYNC else f"{execution}-") + ("" if steps is None else f"ta{steps}-")
+    given = (f"{name}{value}".lower() for name, value in _given(config).items())
+    parts = [*([] if execution == SYNC else [execution]), *given, *([] if steps is None else [f"ta{steps}"])]
+    return "".join(f"{part}-" for part in parts)
 
 
 def _sync(config: DictConfig, policy: Policy, stored: Mapping[str, Any]) -> Execution:
@@ -85,7 +87,7 @@ def _rti(config: DictConfig, policy: Policy, stored: Mapping[str, Any]) -> Execu
 
 
 def _given(config: DictConfig) -> dict[str, Any]:
-    return {str(name): value for name, value in config.rti.items() if value is not None}
+    return {str(name): value for name, value in (config.get(RTI) or {}).items() if value is not None}
 
 
 EXECUTIONS: dict[str, Callable[[DictConfig, Policy, Mapping[str, Any]], Execution]] = {SYNC: _sync, RTI: _rti}

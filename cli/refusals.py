@@ -211,4 +211,5 @@ def _quoted(text: str) -> str:
 def wrong_type(error: OmegaConfBaseException) -> str:
     """What a value should have been."""
     reason = str(error.msg).splitlines()[0]
-    return f"option '{error.full_key}': {reason[:1].lower()}{reason[1:]}"
+    remedy = f"; a list is written '{error.full_key}=[a,b]'" if "not a ListConfig" in reason else ""
+    return f"option '{error.full_key}': {reason[:1].lower()}{reason[1:].rstrip('.')}{remedy}"

@@ -160,7 +160,7 @@ def build_policy(config: Mapping[str, Any]) -> Policy:
     return policy
 
 
-def load_policy(path: Path, device: torch.device | str = "cpu", weights: str = "ema") -> Policy:
+def load_policy(path: Path | str, device: torch.device | str = "cpu", weights: str = "ema") -> Policy:
     """The policy of a checkpoint or run folder, in evaluation mode.
 
     Args:
@@ -171,8 +171,9 @@ def load_policy(path: Path, device: torch.device | str = "cpu", weights: str = "
     Raises:
         PolicyError: naming the file and what is wrong with it.
     """
-    policy = build_policy(read_config(path))
-    load_weights(policy, resolve(path), weights)
+    folder = resolve(Path(path))
+    policy = build_policy(read_config(folder))
+    load_weights(policy, folder, weights)
     return policy.to(device).eval()
 
 

@@ -18,6 +18,6 @@ def pick(table: Mapping[str, T], name: str, what: str) -> T:
         PolicyError: naming the nearest choice and all of them.
     """
     if name not in table:
-        nearest = get_close_matches(name, table, n=1, cutoff=0.0)
+        nearest = get_close_matches(str(name), table, n=1, cutoff=0.0)
         raise PolicyError(f"{what} '{name}' is unknown; nearest: {nearest[0]} (known: {', '.join(sorted(table))})")
     return table[name]

@@ -154,7 +154,14 @@ class EnergyPolicy(Policy):
 
     @torch.no_grad()
     def energy(self, obs: Observation, chunk: Tensor) -> Tensor:
-        """Energy [B] of chunks [B, Tp, Da] in physical units, relative to that of noise; the lower the surer."""
+        """Energy [B] of chunks [B, Tp, Da] in physical units, relative to that of noise; the lower the surer.
+
+        Raises:
+            PolicyError: the chunks are not whole ones, such as `predict` gives; `act` gives the executed part.
+        """
+        wanted = (self.spec.prediction_steps, self.spec.action_dim)
+        if tuple(chunk.shape[1:]) != wanted:
+            raise PolicyError(f"a chunk must have shape [B, {wanted[0]}, {wanted[1]}], got {list(chunk.shape)}")
         return self._depth(self.normalizer.normalize(ACTION, self.relative(chunk, obs)), self.features(obs))
 
     def draw(self, batch_size: int, generator: torch.Generator | None = None) -> Draws:

@@ -138,6 +138,9 @@ class Policy(nn.Module, ABC):
         if key not in obs:
             raise PolicyError(f"observation '{key}' is missing; got {sorted(obs)}")
         value = obs[key]
+        if not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise PolicyError(f"observation '{key}' must be a tensor, got {kind}: see torch.as_tensor")
         wanted = (self.spec.observation_steps, *array.shape)
         if tuple(value.shape[1:]) != wanted:
             sizes = ", ".join(map(str, wanted))

@@ -282,7 +282,11 @@ def denoising(policy: Policy) -> DenoisingPolicy:
 
 def _check_batch(batch: int, *, executed: Tensor, rows: Tensor | None = None, noise: Tensor | None = None) -> None:
     for name, tensor in {"executed": executed, "rows": rows, "noise": noise}.items():
+        if tensor is not None and (not isinstance(tensor, Tensor) or tensor.ndim == 0):
+            raise PolicyError(f"{name} must be a tensor with a row for each observation, got {tensor!r}")
         if tensor is not None and len(tensor) != batch:
             raise PolicyError(f"{name} must have {batch} rows as the observations have, got {list(tensor.shape)}")
+    if executed.is_floating_point():
+        raise PolicyError(f"executed must count control steps, got {executed.dtype}")
     if batch and int(executed.min()) < 0:
         raise PolicyError(f"executed must not be negative, got {int(executed.min())}")

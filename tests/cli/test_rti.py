@@ -99,6 +99,13 @@ def test_eval_takes_options_instead(trained: Path, tmp_path: Path, capsys: pytes
     assert "of the network, execution=rti" in capsys.readouterr().out
 
 
+def test_results_with_options_have_a_folder_of_their_own(tuned: Path) -> None:
+    options = ["execution=rti", "rti.start=0.5", "rti.renoise=false", "episodes=1", "seed=7", "eval.videos=0"]
+    assert main(["eval", f"checkpoint={tuned}", *options]) == 0
+    result = result_of(tuned / "eval-rti-start0.5-renoisefalse-1x7")
+    assert (result["execution_options"]["start"], result["execution_options"]["renoise"]) == (0.5, False)
+
+
 def test_a_plain_evaluation_says_so(trained: Path, tmp_path: Path) -> None:
     options = ["episodes=1", "eval.videos=0", "horizon.execution_steps=4", f"out={tmp_path}"]
     assert main(["eval", f"checkpoint={trained}", *options]) == 0
@@ -159,6 +166,12 @@ def test_a_damaged_choice_is_named(copied: Path, capsys: pytest.CaptureFixture[s
     ("options", "code", "message"),
     [
         ([], 2, "checkpoint= is missing: name a run folder"),
+        (
+            ["checkpoint={run}", "steps=1"],
+            2,
+            "option 'steps': invalid value assigned: int is not a ListConfig, list or tuple; "
+            "a list is written 'steps=[a,b]'",
+        ),
         (["checkpoint={run}", "steps=[1,0]"], 2, "steps must be positive, got 0"),
         (["checkpoint={run}", "starts=[0.5,1.5]"], 1, "rti.start must be in (0, 1], got 1.5"),
         (["checkpoint={run}", "starts=[]"], 2, "starts is empty: give at least one"),

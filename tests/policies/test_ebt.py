@@ -311,6 +311,14 @@ def test_the_step_size_is_optimised_averaged_and_saved(tmp_path: Path) -> None:
         assert loaded.step_size.item() == expected
 
 
+def test_the_energy_of_an_executed_part_is_refused() -> None:
+    policy, obs = make(), observed(2)
+    chunks = policy.predict(obs)
+    assert policy.energy(obs, chunks).shape == (2,)
+    with pytest.raises(PolicyError, match=r"a chunk must have shape \[B, 8, 2\], got \[2, 4, 2\]"):
+        policy.energy(obs, chunks[:, :4])
+
+
 def test_the_average_descends_its_own_energy() -> None:
     """There the averaged encoder fed the raw energy network."""
     policy = make()

@@ -322,6 +322,7 @@ def test_an_engine_has_its_own_number_of_threads():
         ("flow", {"steps": 0}, "a grid needs steps >= 1 and 0 < start <= 1, got steps=0"),
         ("gaussian", {"steps": 3}, "steps=3: a GaussianPolicy does not denoise, leave steps out"),
         ("flow", {"dtype": "float16"}, "dtype 'float16' is unknown; nearest: bfloat16"),
+        ("flow", {"dtype": torch.bfloat16}, "dtype 'torch.bfloat16' is unknown; nearest: bfloat16"),
         ("flow", {"engine": "compile"}, "engine 'compile' is unknown; nearest: compiled"),
     ],
 )
@@ -338,6 +339,7 @@ def test_inputs_that_do_not_fit_are_refused(name, monkeypatch, quick_compiler):
     for obs, noise, message in [
         (observed(3), None, "this engine was built for batches of 2, observation 'state' has 3: build another with"),
         ({"state": observed(2)["state"]}, None, "observation 'finger' is missing; got ['state']"),
+        ({**observed(2), "finger": np.zeros((2, 2, 2))}, None, "observation 'finger' must be a tensor, got ndarray: "),
         ({**observed(2), "finger": torch.zeros(2, 2, 3)}, None, "observation 'finger' must have shape [B, 2, 2], got"),
         (observed(2), torch.zeros(2, 5, 2), "noise must have shape [2, 6, 2], got [2, 5, 2]"),
     ]:

@@ -284,6 +284,13 @@ def test_images_alone_do_not_jump() -> None:
         (torch.full((6, 8, 2), torch.nan), ONE, "a previous chunk is not finite: the policy has diverged"),
         (torch.zeros(6, 8, 2), 8 * ONE, "8 steps of a chunk of 8 are executed: nothing of it is left"),
         (torch.zeros(6, 8, 2), -ONE, "executed must not be negative, got -1"),
+        (torch.zeros(6, 8, 2), 8, "executed must be a tensor with a row for each observation, got 8"),
+        (
+            torch.zeros(6, 8, 2),
+            torch.tensor(8),
+            "executed must be a tensor with a row for each observation, got tensor",
+        ),
+        (torch.zeros(6, 8, 2), ONE.float(), "executed must count control steps, got torch.float32"),
         (torch.zeros(6, 8, 2), ONE[:3], r"executed must have 6 rows as the observations have, got \[3\]"),
     ],
 )
