@@ -54,6 +54,8 @@ class LatencyBenchmark:
         dtypes: of the engines.
         repeats: chunks that are timed of each contender, ten in a turn.
         device: "auto" or "cpu".
+        name: of the file to write.
+        out: where to write it.
     """
 
     policies: list[str] = field(default_factory=lambda: ["diffusion", "flow"])
@@ -64,6 +66,7 @@ class LatencyBenchmark:
     dtypes: list[str] = field(default_factory=lambda: ["float32"])
     repeats: int = 200
     device: str = "auto"
+    name: str = "latency"
     out: str | None = None
 
 

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
-from statistics import median
 from typing import Any, final
 
 import torch
@@ -43,8 +42,8 @@ DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "bfloat16": (torch.bfloat16,),
     "auto": (torch.float32, torch.bfloat16),
 }
-COLD, LEAST, MOST, ENOUGH_S = 3, 10, 300, 0.3
-"""Chunks of a measurement: the first ones count for nothing, short ones are repeated for a third of a second."""
+COLD, LEAST, MOST, ENOUGH_S = 3, 10, 300, 0.5
+"""Chunks of a measurement: the first ones count for nothing, short ones are repeated for half a second."""
 LONGEST_PROGRAM = 700
 """Most layers in one program, those of every step counted: ten steps of the MLP have 330, of the U-Net 1,000."""
 
@@ -57,7 +56,7 @@ class Candidate:
     name: of the engine.
     form: how its layers are written, see `FORMS`.
     threads: of the CPU.
-    chunk_ms: median time of a chunk; None if it cannot be taken, for the reason in `refused`.
+    chunk_ms: least time of a chunk; None if it cannot be taken, for the reason in `refused`.
     error: largest against the policy itself, in normalised units.
     """
 
@@ -281,11 +280,11 @@ class _Trial:
         return measured
 
     def _chunk_ms(self, run: Run) -> float:
-        """Median milliseconds of a chunk."""
+        """Milliseconds of a chunk: the least, since whatever disturbs a measurement makes it longer."""
         chunk = partial(run, *self._inputs)
         cold = [timed(chunk, self.device)[1] for _ in range(COLD)]
         repeats = min(MOST, max(LEAST, int(ENOUGH_S / cold[-1])))
-        return 1e3 * median(timed(chunk, self.device)[1] for _ in range(repeats))
+        return 1e3 * min(timed(chunk, self.device)[1] for _ in range(repeats))
 
 
 @contextmanager
