@@ -81,7 +81,7 @@ def plot_curves(groups: Mapping[str, Sequence[Run]], x: str, scores: Sequence[st
         if score != "return":
             axes.set_ylim(0, 1.02)
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(loc="lower right")
     save_figure(figure, file, dpi=110)
 
 

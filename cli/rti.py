@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -50,6 +51,8 @@ def run(config: DictConfig, folder: Path) -> float:
     checkpoint, device = _checkpoint(config), find_device(config.device)
     policy, stored = load_policy(checkpoint, device, config.weights), read_config(checkpoint)
     execute_steps(policy, config)
+    if len(denoising(policy).grid) == 2:
+        raise PolicyError(f"{checkpoint} takes one step as it is: real-time iteration has nothing to save")
     task, candidates = find_task(config.task, stored), list(_candidates(config))
     for options in candidates:
         # Refused before anything has run.
@@ -63,6 +66,12 @@ def run(config: DictConfig, folder: Path) -> float:
     _write(config, folder, policy, rows, choice)
     if chosen is None or choice is None:
         raise PolicyError(_nothing_chosen(rows, config.tolerance, checkpoint))
+    if not rows[0]["success"]["mean"]:
+        warnings.warn(
+            "no episode of the policy itself succeeded, so the choice rests on the maximum reward alone: "
+            "take more episodes, or a policy that succeeds",
+            stacklevel=2,
+        )
     write_choice(checkpoint, policy.spec.execution_steps, choice)
     print(
         f"chosen: start={chosen['start']:g} steps={chosen['steps']} renoise={str(chosen['renoise']).lower()}; "

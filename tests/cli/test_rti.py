@@ -154,6 +154,22 @@ def test_what_eval_refuses(
     assert sorted(trained.iterdir()) == before
 
 
+def test_a_choice_of_failures_alone_is_warned_of(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.warns(
+        UserWarning, match="no episode of the policy itself succeeded, so the choice rests on the maximum"
+    ):
+        assert main(["rti", f"checkpoint={copied}", *QUICK, f"out={copied}/measured"]) == 0
+    assert "chosen: start=0.5 steps=1" in capsys.readouterr().out
+
+
+def test_a_policy_of_one_step_has_nothing_to_save(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = copied / "last" / "config.yaml"
+    config = stored(copied)
+    file.write_text(yaml.safe_dump({**config, "policy": {**config["policy"], "steps": 1}}, sort_keys=False))
+    told = error_of(capsys, "rti", f"checkpoint={copied}", *QUICK, code=1)
+    assert told.endswith("takes one step as it is: real-time iteration has nothing to save")
+
+
 def test_a_damaged_choice_is_named(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = copied / "last" / "config.yaml"
     file.write_text(yaml.safe_dump({**stored(copied), "rti": {8: {"start": 0.5, "steps": 1, "hurry": True}}}))
