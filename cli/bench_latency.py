@@ -30,7 +30,7 @@ from flowsteer.policies.denoising import DenoisingPolicy
 from flowsteer.policies.engine import Engine, compile_act
 from flowsteer.policies.policy import ACTION
 from flowsteer.policies.spec import ArraySpec, PolicySpec
-from flowsteer.policies.timing import timed
+from flowsteer.policies.timing import fastest_s, timed
 from flowsteer.sim.errors import optional_module
 
 SPEC = PolicySpec(
@@ -248,9 +248,11 @@ def _scores(name: str, times: dict[str, dict[str, float]], floor_ms: float) -> d
 def matrix_product_gflops(device: torch.device, size: int = 1024) -> float:
     """How fast this machine multiplies, at best."""
     a = torch.ones(size, size, device=device)
-    return 2e-9 * size**3 / _fastest_s(lambda: a @ a, device)
+    return 2e-9 * size**3 / fastest_s(lambda: a @ a, device, PROBES)
 
 
+PROBES = 20
+"""Measurements of the machine, of which the fastest counts."""
 BYTES = {"float32": 4, "bfloat16": 2}
 """Of a weight."""
 
@@ -271,11 +273,7 @@ def step_floor_ms(policy: DenoisingPolicy, gflops: float, size: int) -> float:
     weights = sum(gradient.numel() for gradient in used if gradient is not None)
     buffer = torch.ones(weights * size // 4, device=grid.device)
     products_s: float = 1e-9 * counter.get_total_flops() / gflops
-    return 1e3 * max(products_s, _fastest_s(buffer.sum, grid.device))
-
-
-def _fastest_s(call: Callable[[], Any], device: torch.device, repeats: int = 20) -> float:
-    return min(timed(call, device)[1] for _ in range(repeats))
+    return 1e3 * max(products_s, fastest_s(buffer.sum, grid.device, PROBES))
 
 
 main = benchmark(

@@ -57,12 +57,16 @@ def _start_anew(device: torch.device) -> None:
     try:
         torch.compile(_increment)(torch.ones(1, device=device))
     except Exception as error:  # each compiler that torch drives fails in its own way
-        inner = getattr(error, "inner_exception", error)
-        reason = (str(inner).strip().splitlines() or ["no reason given"])[0]
         raise PolicyError(
-            f"train.compile=true: torch.compile does not work here ({type(inner).__name__}: {reason}): install a C++ "
+            f"train.compile=true: torch.compile does not work here ({reason(error)}): install a C++ "
             f"compiler and Python's headers (apt install g++ python3-dev), or leave it train.compile=false"
         ) from error
+
+
+def reason(failure: Exception) -> str:
+    """Why something did not compile, in one line: the kind and the first line of what torch.compile wraps."""
+    inner = getattr(failure, "inner_exception", failure)
+    return f"{type(inner).__name__}: {(str(inner).strip().splitlines() or ['no reason given'])[0]}"
 
 
 def _increment(x: Tensor) -> Tensor:

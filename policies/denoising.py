@@ -23,7 +23,7 @@ from flowsteer.policies.paths import (
     linear_betas,
 )
 from flowsteer.policies.policy import ACTION, Draws, Loss, Policy
-from flowsteer.policies.samplers import Generators, Sampler, dpm_solver_2m, heun, randn, sample, uniform_grid
+from flowsteer.policies.samplers import Generators, Sampler, dpm_solver_2m, heun, sample, start_noise, uniform_grid
 from flowsteer.policies.spec import PolicySpec
 
 SOLVERS: dict[str, Sampler] = {"transition": sample, "heun": heun, "dpm_solver_2m": dpm_solver_2m}
@@ -230,12 +230,9 @@ class DenoisingPolicy(Policy, ABC):
 
     def _sample(self, features: Tensor, noise: Tensor | None, generator: Generators) -> Tensor:
         shape = (len(features), self.spec.prediction_steps, self.spec.action_dim)
-        if noise is None:
-            noise = randn(shape, generator, features.device)
-        if tuple(noise.shape) != shape:
-            raise PolicyError(f"noise must have shape {list(shape)}, got {list(noise.shape)}")
+        start = start_noise(noise, shape, generator, features.device)
         denoise = self._denoise_on_grid(self.network.embed_observation(features))
-        return self.solver(self.path, denoise, noise, self.grid, self.eta, generator)
+        return self.solver(self.path, denoise, start, self.grid, self.eta, generator)
 
     def _denoise_on_grid(self, cond: Features) -> Callable[[Tensor, int], Tensor]:
         settled = self._settled

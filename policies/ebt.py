@@ -33,7 +33,7 @@ from flowsteer.policies.encoders.base import EncoderFactory
 from flowsteer.policies.errors import PolicyError
 from flowsteer.policies.networks.base import Features, NetworkFactory
 from flowsteer.policies.policy import ACTION, Draws, Loss, Observation, Policy
-from flowsteer.policies.samplers import Generators, randn
+from flowsteer.policies.samplers import Generators, start_noise
 from flowsteer.policies.spec import PolicySpec
 
 
@@ -217,9 +217,7 @@ class EnergyPolicy(Policy):
         if torch.compiler.is_exporting():
             raise PolicyError("an energy is descended by its gradient, for which there is no operator")
         shape = (len(features), self.spec.prediction_steps, self.spec.action_dim)
-        start = randn(shape, generator, features.device) if noise is None else noise
-        if tuple(start.shape) != shape:
-            raise PolicyError(f"noise must have shape {list(shape)}, got {list(start.shape)}")
+        start = start_noise(noise, shape, generator, features.device)
         cond = self.network.embed_observation(features)
         # Autograd takes no tensors of inference mode, but their copies.
         with torch.inference_mode(False):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from flowsteer.policies.choices import pick
+from flowsteer.policies.compiling import reason
 from flowsteer.policies.denoising import DenoisingPolicy
 from flowsteer.policies.errors import PolicyError
 from flowsteer.policies.few_rows import with_packed_weights
@@ -27,7 +28,7 @@ from flowsteer.policies.freezing import device_of, draw, frozen_copy, likely_obs
 from flowsteer.policies.policy import ACTION, Observation, Policy
 from flowsteer.policies.samplers import Drawn, Generators
 from flowsteer.policies.short_convolutions import with_products
-from flowsteer.policies.timing import timed
+from flowsteer.policies.timing import fastest_s, timed
 
 Run = Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]
 """Observations, starting noise [B, Tp, Da], noise of the steps [n, B, Tp, Da] -> executed actions [B, Ta, Da]."""
@@ -274,17 +275,19 @@ class _Trial:
                     refused = f"its error of {error:.2g} is above the tolerance of {tolerance:g}"
                     return replace(candidate, error=error, refused=refused)
                 measured = replace(candidate, chunk_ms=self._chunk_ms(run), error=error)
+        except PolicyError as failure:
+            return replace(candidate, refused=str(failure))
         except Exception as failure:  # each compiler that torch drives fails in its own way
-            return replace(candidate, refused=_reason(failure))
+            return replace(candidate, refused=reason(failure))
         self.working[measured] = policy, run
         return measured
 
     def _chunk_ms(self, run: Run) -> float:
-        """Milliseconds of a chunk: the least, since whatever disturbs a measurement makes it longer."""
+        """The least milliseconds of a chunk."""
         chunk = partial(run, *self._inputs)
         cold = [timed(chunk, self.device)[1] for _ in range(COLD)]
         repeats = min(MOST, max(LEAST, int(ENOUGH_S / cold[-1])))
-        return 1e3 * min(timed(chunk, self.device)[1] for _ in range(repeats))
+        return 1e3 * fastest_s(chunk, self.device, repeats)
 
 
 @contextmanager
@@ -297,13 +300,6 @@ def _threads(count: int) -> Iterator[None]:
     finally:
         if count != before:
             torch.set_num_threads(before)
-
-
-def _reason(failure: Exception) -> str:
-    """In one line."""
-    inner = getattr(failure, "inner_exception", failure)
-    first = (str(inner).strip().splitlines() or ["no reason given"])[0]
-    return first if isinstance(inner, PolicyError) else f"{type(inner).__name__}: {first}"
 
 
 def _ordinary(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from flowsteer.policies.denoising import DenoisingPolicy
 from flowsteer.policies.errors import PolicyError
 from flowsteer.policies.policy import Policy
-from flowsteer.policies.samplers import Generators, randn
+from flowsteer.policies.samplers import Generators, randn, start_noise
 from flowsteer.policies.spec import ArraySpec
 
 
@@ -35,9 +35,7 @@ def draw(policy: Policy, batch: int, noise: Tensor | None, generator: Generators
         PolicyError: `noise` has another shape than [batch, Tp, Da].
     """
     shape, device = (batch, policy.spec.prediction_steps, policy.spec.action_dim), device_of(policy)
-    if noise is not None and tuple(noise.shape) != shape:
-        raise PolicyError(f"noise must have shape {list(shape)}, got {list(noise.shape)}")
-    start = randn(shape, generator, device) if noise is None else noise
+    start = start_noise(noise, shape, generator, device)
     later = [randn(shape, generator, device) for _ in range(policy.noises)]
     return start, torch.stack(later) if later else torch.empty(0, *shape, device=device)
 

@@ -70,6 +70,21 @@ def randn(shape: Sequence[int], generator: Generators, device: torch.device | st
     return torch.randn(tuple(shape), generator=generator, device=source).to(device)
 
 
+def start_noise(
+    noise: Tensor | None, shape: Sequence[int], generator: Generators, device: torch.device | str
+) -> Tensor:
+    """The noise [B, Tp, Da] that a chunk starts from: what is given, or drawn by `randn`.
+
+    Raises:
+        PolicyError: what is given has another shape.
+    """
+    if noise is None:
+        return randn(shape, generator, device)
+    if tuple(noise.shape) != tuple(shape):
+        raise PolicyError(f"noise must have shape {list(shape)}, got {list(noise.shape)}")
+    return noise
+
+
 def uniform_grid(steps: int, start: float = 1.0) -> Tensor:
     """K + 1 equally spaced times from `start` down to 0."""
     if steps < 1 or not 0 < start <= 1:

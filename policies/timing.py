@@ -24,3 +24,8 @@ def timed(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
     result = call()
     synchronize(device)
     return result, time.perf_counter() - started
+
+
+def fastest_s(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """The least seconds that `call` takes: whatever disturbs a measurement makes it longer."""
+    return min(timed(call, device)[1] for _ in range(repeats))

@@ -54,7 +54,7 @@ def test_a_row_for_every_combination(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_the_floor_counts_the_products_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     # Nothing takes time but the products, at 1 GFLOP/s.
-    monkeypatch.setattr("flowsteer.cli.bench_latency._fastest_s", lambda call, device: 0.0)
+    monkeypatch.setattr("flowsteer.cli.bench_latency.fastest_s", lambda call, device, repeats: 0.0)
     policy = make_policy("flow", "mlp", 2)
     chunk, hidden = SPEC.prediction_steps * SPEC.action_dim, 256
     products = 2 * chunk * hidden + 4 * 2 * hidden * 2 * hidden
@@ -63,7 +63,7 @@ def test_the_floor_counts_the_products_of_a_step(monkeypatch: pytest.MonkeyPatch
 
 def test_the_floor_counts_the_weights_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     # Every weight takes a second; those of time and observation alone are not read at every step.
-    monkeypatch.setattr("flowsteer.cli.bench_latency._fastest_s", lambda call, device: len(call.__self__))
+    monkeypatch.setattr("flowsteer.cli.bench_latency.fastest_s", lambda call, device, repeats: len(call.__self__))
     policy = make_policy("flow", "mlp", 2)
     parts = (policy.network.chunk_input, policy.network.blocks, policy.network.norm, policy.network.output)
     weights = sum(parameter.numel() for part in parts for parameter in part.parameters())
