@@ -123,12 +123,12 @@ def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _cell(value: Any) -> str:
-    """Numbers to four digits; a mapping (a mean and its bounds) as "mean (low to high)"; None as nothing."""
+    """Numbers to four digits; a mapping (a mean and its bounds) as "mean (low to high)", of one as that; None as ""."""
     if value is None:
         return ""
     if isinstance(value, Mapping):
         mean, low, high = map(_short, value.values())
-        return f"{mean} ({low} to {high})"
+        return mean if low == high else f"{mean} ({low} to {high})"
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 

@@ -64,7 +64,7 @@ def measure(config: DictConfig) -> dict[str, Any]:
 def _policy(run: Path, config: DictConfig) -> EnergyPolicy:
     policy = load_policy(run, find_device(config.device))
     if not isinstance(policy, EnergyPolicy):
-        raise UsageError(f"{run} holds a {type(policy).__name__}, which descends no energy: give runs of policy=ebt")
+        raise UsageError(f"{run} holds {type(policy).__name__}, which descends no energy: give runs of policy=ebt")
     if config.tolerance is not None:
         policy.tolerance = config.tolerance
     return policy

@@ -64,9 +64,7 @@ def _evaluations(folder: Path, names: list[str]) -> list[Run]:
 def _evaluation(folder: Path, name: str, stored: Mapping[str, Any]) -> Run:
     policy, result = stored["policy"], judged(folder, name)
     if result["network_evaluations"] is None:
-        raise UsageError(
-            f"{folder} holds a {target_name(policy)}, which runs no network K times: leave it out of runs="
-        )
+        raise UsageError(f"{folder} holds {target_name(policy)}, which runs no network K times: leave it out of runs=")
     return {
         "task": result["task"],
         "evaluation": name,
@@ -91,7 +89,9 @@ def _row(runs: list[Run]) -> dict[str, Any]:
     """A policy under one execution, over its training seeds."""
     first, evaluations = runs[0], float(np.mean([run["network_evaluations"] for run in runs]))
     return {
-        **{name: first[name] for name in ("policy", "steps", "execution", "execution_steps")},
+        "policy": first["policy"],
+        "policy_steps": first["steps"],
+        **{name: first[name] for name in ("execution", "execution_steps")},
         "seeds": len(runs),
         "network_evaluations": evaluations,
         **{score: spread([run[score]["mean"] for run in runs]) for score in PLOTTED},
@@ -112,6 +112,8 @@ def plot(result: Mapping[str, Any], file: Path) -> None:
             axes.plot(x, y, markers[execution], color=colors[runs[0]["policy"]], alpha=0.7, label=label)
         axes.set(xlabel="network evaluations per decision", ylabel=score.replace("_", " "), xscale="log")
         axes.xaxis.set_major_formatter("{x:g}")
+        if score == "success":
+            axes.set_ylim(-0.02, 1.02)
         axes.grid(alpha=0.3, which="both")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
     save_figure(figure, file, dpi=110)

@@ -35,6 +35,11 @@ def check_seeds(config: DictConfig, *names: str) -> None:
     _check(config, names, lambda value: 0 <= value < SEEDS, f"be from 0 to {SEEDS - 1}")
 
 
+def check_times(config: DictConfig, *names: str) -> None:
+    """As `check_positive`, for times of a path: none may be above 1 either."""
+    _check(config, names, lambda value: 0 < value <= 1, "be in (0, 1]")
+
+
 def check_filled(config: DictConfig, *names: str) -> None:
     """Refuse empty lists.
 

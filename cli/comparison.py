@@ -59,6 +59,8 @@ def _plot(policies: Mapping[str, Mapping[str, Any]], file: Path) -> None:
             if None not in (low, mean, high):
                 axes.plot([low, high], [row, row], color="tab:blue")
                 axes.plot([mean], [row], "o", color="tab:blue")
+        if quantity == "success":
+            axes.set_xlim(-0.02, 1.02)
         axes.set_yticks(range(len(policies)), labels=list(policies))
         axes.set_ylim(len(policies) - 0.5, -0.5)
     save_figure(figure, file)

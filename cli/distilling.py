@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flowsteer.cli.checks import check_not_negative, check_positive, check_seeds, find_checkpoint
-from flowsteer.cli.comparison import compare
+from flowsteer.cli.comparison import COMPARISON, compare
 from flowsteer.cli.demonstrations import Demonstrations, load_demonstrations
 from flowsteer.cli.devices import find_processes
 from flowsteer.cli.errors import UsageError, unknown
@@ -75,7 +75,7 @@ def distill_policy(config: DictConfig, folder: Path) -> Outcome:
         UsageError, DataError, PolicyError, SimError: bad input; nothing has been written then.
     """
     check_seeds(config, "seed", "eval.seed")
-    check_positive(config, "eval.episodes")
+    check_positive(config, "eval.episodes", "steps", "teacher_steps")
     check_not_negative(config, "eval.videos", "eval.delay_steps")
     check_backend(config.sim)
     seed_everything(config.seed)
@@ -87,7 +87,8 @@ def distill_policy(config: DictConfig, folder: Path) -> Outcome:
     with ExitStack() as stack:
         evaluate = _evaluate(config, lesson, folder, accelerator, stack)
         cloning, outcome = _train(config, lesson, folder, evaluate, accelerator, stack)
-    if outcome.finished and lesson.task is not None and accelerator.is_main_process:
+    learnt = outcome.step > outcome.start or not (folder / COMPARISON).exists()
+    if outcome.finished and learnt and lesson.task is not None and accelerator.is_main_process:
         contenders = _contenders(config, lesson, cloning.ema.average, accelerator)
         compare(contenders, lesson.task, config, folder, accelerator.device)
     return outcome

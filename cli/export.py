@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import final
 
 from omegaconf import DictConfig
+from rich.console import Console
 
 from flowsteer.cli.application import Application
 from flowsteer.cli.checks import check_positive, find_checkpoint
@@ -45,12 +46,13 @@ def run(config: DictConfig, folder: Path) -> None:
         UsageError, PolicyError: bad options or checkpoint, or the policy cannot be written.
     """
     checkpoint = find_checkpoint(config)
-    check_positive(config, "batch")
+    check_positive(config, "batch", "steps")
     file = folder / (Path(config.out).name if config.out else f"policy{SUFFIX}")
     if file.suffix != SUFFIX:
         raise UsageError(f"out={file.name} is no name of an ONNX file: end it in {SUFFIX}")
     policy = load_policy(checkpoint, weights=config.weights)
-    error = export_onnx(policy, file, config.batch, config.steps)
+    with Console().status("translating to ONNX, which takes up to minutes, and comparing with PyTorch"):
+        error = export_onnx(policy, file, config.batch, config.steps)
     print(f"{file}: {file.stat().st_size / 1e6:.1f} MB, within {error:.1g} of PyTorch in normalised units")
 
 

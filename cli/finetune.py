@@ -20,7 +20,9 @@ def default_out(composed: Composed) -> Path:
     return Path("runs", f"{composed.chosen['algo']}-{timestamp()}")
 
 
-learning = Learning("finetune", finetune_policy, done="{} env steps", stopped="after {} env steps")
+learning = Learning(
+    "finetune", finetune_policy, done="{} env steps", stopped="after {} env steps", length="train.env_steps"
+)
 application = Application(
     "finetune",
     "Improve a policy by reinforcement learning, or go on with a run.",

@@ -76,12 +76,12 @@ def finetune_policy(config: DictConfig, folder: Path) -> Outcome:
         loop = _loop(config, start, env, folder, accelerator)
         if resumed:
             loop.resume(folder)
-        progress = loop.progress
-        log = open_log(config, folder, config.train.env_steps, progress.env_steps, accelerator, stack, unit="env steps")
+        progress, began = loop.progress, loop.progress.env_steps
+        log = open_log(config, folder, config.train.env_steps, began, accelerator, stack, unit="env steps")
         if accelerator.is_main_process:
             print(loop.algorithm.headline)
         finished = loop.train(log, evaluate)
-    return Outcome(finished, progress.env_steps, progress.best_score or 0.0)
+    return Outcome(finished, progress.env_steps, progress.best_score or 0.0, began)
 
 
 def _cloned(config: DictConfig) -> Start:

@@ -25,12 +25,14 @@ class Learning:
         command: the subcommand.
         learn: runs, or goes on with the run in the folder.
         done, stopped: how a number of steps is told at the end and after a signal.
+        length: the option that says how many there are.
     """
 
     command: str
     learn: Callable[[DictConfig, Path], Outcome]
     done: str = "{} steps"
     stopped: str = "at step {}"
+    length: str = "train.steps"
 
     def __call__(self, config: DictConfig, folder: Path) -> float:
         """Learn in a `folder` that must not hold a run yet."""
@@ -49,8 +51,9 @@ class Learning:
             stopped = self.stopped.format(outcome.step)
             raise KeyboardInterrupt(f"stopped {stopped}; go on with: flowsteer {self.command} resume={folder}")
         if is_main_process():
-            done = self.done.format(outcome.step)
-            print(f"{folder}: {done} done; judge it with: flowsteer eval checkpoint={folder}")
+            done = f"{self.done.format(outcome.step)} done"
+            more = f", nothing was left to learn (more: {self.length}=)" if outcome.step == outcome.start else ""
+            print(f"{folder}: {done}{more}; judge it with: flowsteer eval checkpoint={folder}")
         return outcome.best_score
 
 
@@ -62,5 +65,5 @@ def run_or_resume(
     folder = resumed_run(args)
     if folder is None:
         return application(args)
-    learning.go_on(resumed_config(application.config, application.paths, folder, args, free), folder)
+    learning.go_on(resumed_config(application, folder, args, free), folder)
     return 0

@@ -9,8 +9,9 @@ from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from flowsteer.cli.application import Application
 from flowsteer.cli.errors import UsageError, nearest, one_line
 from flowsteer.cli.files import absolute
 from flowsteer.cli.refusals import is_node, options, parse, wrong_type
@@ -28,36 +29,40 @@ def resumed_run(args: Sequence[str]) -> Path | None:
 
 
 def resumed_config(
-    schema: Any, paths: Sequence[str], folder: Path, args: Sequence[str], free: Collection[str] = ()
+    application: Application, folder: Path, args: Sequence[str], free: Collection[str] = ()
 ) -> DictConfig:
     """The stored config of the run in `folder` with the other `args` applied.
 
     Args:
-        schema: the typed config of such runs.
-        paths: its options that name files.
+        application: the subcommand that made such runs.
         folder: the run.
         args: of the command line.
         free: what may change all the same of the options that are `FIXED`.
 
     Raises:
-        UsageError: no run there, an unreadable config, an unknown option, a wrong type, a sweep, or a change of what
-            the weights mean.
+        UsageError: no run of this subcommand there, an unreadable config, an unknown option, a wrong type, a sweep, or
+            a change of what the weights mean.
     """
-    config = _stored(schema, folder)
+    config = _stored(application, folder)
     for arg in args:
         if arg.startswith("out="):
             raise UsageError(f"'{arg}' cannot go with resume=: a run goes on where it is; copy the folder first")
         if not arg.startswith(f"{RESUME}="):
-            _override(config, arg, paths, free)
+            _override(config, arg, application.paths, free)
     return config
 
 
-def _stored(schema: Any, folder: Path) -> DictConfig:
+def _stored(application: Application, folder: Path) -> DictConfig:
     file = folder / CONFIG
     try:
-        config = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(file))
+        config = OmegaConf.merge(OmegaConf.structured(application.config), OmegaConf.load(file))
     except FileNotFoundError:
         raise UsageError(f"resume={folder} holds no run ({CONFIG} is missing): name a folder made with out=") from None
+    except ConfigKeyError as error:
+        raise UsageError(
+            f"resume={folder} holds no run of {application.command} ({one_line(error).partition(' full_key')[0]}): "
+            "go on with the subcommand that made it"
+        ) from error
     except (OSError, ValueError, AssertionError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UsageError(f"{file} is not the config of a run: {one_line(error)}") from error
     assert isinstance(config, DictConfig)

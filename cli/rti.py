@@ -14,7 +14,14 @@ from omegaconf import DictConfig
 
 from flowsteer.cli.application import Application
 from flowsteer.cli.bench import machine, made_by, print_rows
-from flowsteer.cli.checks import check_filled, check_not_negative, check_positive, check_seeds, find_checkpoint
+from flowsteer.cli.checks import (
+    check_filled,
+    check_not_negative,
+    check_positive,
+    check_seeds,
+    check_times,
+    find_checkpoint,
+)
 from flowsteer.cli.devices import find_device
 from flowsteer.cli.execution import RTI, SYNC, Execution, execute_steps, name_of
 from flowsteer.cli.files import result_folder, write_json
@@ -106,7 +113,8 @@ def choose(rows: Sequence[Row], tolerance: float) -> Row | None:
 
 def _checkpoint(config: DictConfig) -> Path:
     checkpoint = find_checkpoint(config)
-    check_positive(config, "episodes", "steps", "starts")
+    check_positive(config, "episodes", "steps")
+    check_times(config, "starts")
     check_filled(config, "renoise")
     check_seeds(config, "seed")
     check_not_negative(config, "tolerance", "jump")
@@ -131,9 +139,10 @@ def _measure(
     jump = JUMP_MARGIN * recorder.largest_change if config.jump is None else config.jump
     own = {"start": None, "renoise": None, "steps": len(denoising(policy).grid) - 1}
     rows = [_row(reference, task, own, None)]
-    for options in candidates:
+    for number, options in enumerate(candidates, 1):
         rti = RealTimeIteration(policy, replace(options, jump=jump))
-        label = f"start={options.start:g} steps={options.steps} renoise={str(options.renoise).lower()}"
+        tried = f"start={options.start:g} steps={options.steps} renoise={str(options.renoise).lower()}"
+        label = f"{number} of {len(candidates)}: {tried}"
         result = judge(policy, environments, label, execution=Execution(RTI, asdict(options), rti), **protocol)
         check_kept(result)
         kept = None if situations is None else contraction(rti, situations).mean().item()
@@ -158,7 +167,8 @@ def _write(config: DictConfig, folder: Path, policy: Policy, rows: list[Row], ch
     about = {"execution_steps": policy.spec.execution_steps, "chosen": choice, "rows": rows}
     measured_on = {"machine": machine(), "versions": versions()}
     write_json(folder / "rti.json", {"command": made_by("rti"), **told, **about, **measured_on})
-    plot(rows, choice, folder / "rti.png")
+    title = f"real-time iteration: {config.checkpoint}, Ta = {policy.spec.execution_steps}, {config.episodes} episodes"
+    plot(title, rows, choice, folder / "rti.png")
     print_rows(folder.name, [{column: row[column] for column in PRINTED} for row in rows])
     print(f"written to {folder}")
 

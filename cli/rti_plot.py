@@ -19,20 +19,21 @@ PANELS = {
 }
 
 
-def plot(rows: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any] | None, file: Path) -> None:
+def plot(title: str, rows: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any] | None, file: Path) -> None:
     """Each measure against the start, a line for each number of steps; dashed: the policy itself, the first row."""
     reference, *tried = rows
     figure = Figure(figsize=(15, 3.8), layout="constrained")
-    for axes, (name, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
+    for axes, (name, ylabel) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
         if reference[name] is not None:
             axes.axhline(_mean(reference[name]), color="black", linestyle="--", label=f"{reference['steps']} steps")
         for line, series in enumerate(dict.fromkeys((row["steps"], row["renoise"]) for row in tried)):
             _line(axes, [row for row in tried if (row["steps"], row["renoise"]) == series], name, f"C{line}")
         if chosen is not None:
-            axes.axvline(chosen["start"], color="grey", linewidth=0.8)
-        axes.set(xlabel="start", ylabel=title, ylim=(0, None))
+            axes.axvline(chosen["start"], color="grey", linewidth=0.8, label="chosen start")
+        axes.set(xlabel="start", ylabel=ylabel, ylim=(0, None))
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize="small")
+    figure.suptitle(f"{title}; bands: 95 % interval over the episodes", fontsize="medium")
     save_figure(figure, file, dpi=110)
 
 

@@ -47,11 +47,15 @@ STATISTICS_BATCH = 1024
 @final
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: all its steps, or stopped by a signal at `step`; the best score of its evaluations."""
+    """How a run ended: all its steps, or stopped by a signal at `step`; the best score of its evaluations.
+
+    `start` is the step that it went on from, 0 for a new run.
+    """
 
     finished: bool
     step: int
     best_score: float
+    start: int
 
 
 def is_main_process() -> bool:
@@ -94,9 +98,10 @@ def go_on(
     """Train to the end, from where a run in `folder` ended."""
     if (folder / "last").exists():
         cloning.resume(folder)
-    log = open_log(config, folder, config.train.steps, cloning.progress.step, cloning.accelerator, stack)
+    start = cloning.progress.step
+    log = open_log(config, folder, config.train.steps, start, cloning.accelerator, stack)
     finished = cloning.train(log, validation=validation, evaluate=evaluate)
-    return Outcome(finished, cloning.progress.step, cloning.progress.best_score)
+    return Outcome(finished, cloning.progress.step, cloning.progress.best_score, start)
 
 
 def check_links(folder: Path) -> None:

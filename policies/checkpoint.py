@@ -156,7 +156,7 @@ def build_policy(config: Mapping[str, Any]) -> Policy:
     """An untrained policy from the "policy" and "spec" of a configuration."""
     policy = build(config["policy"], spec=PolicySpec.from_dict(config["spec"]))
     if not isinstance(policy, Policy):
-        raise PolicyError(f"the configuration builds a {type(policy).__name__}, not a policy")
+        raise PolicyError(f"the configuration builds {type(policy).__name__}, not a policy")
     return policy
 
 

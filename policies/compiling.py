@@ -20,7 +20,7 @@ def compiled(module: nn.Module, device: torch.device) -> Callable[..., Any]:
     Raises:
         PolicyError: this machine cannot compile for `device`, or the module is trained by second derivatives.
     """
-    if any(getattr(part, "twice_differentiated", False) for part in module.modules()):
+    if any(getattr(part, "differentiates", False) for part in module.modules()):
         raise PolicyError(
             "train.compile=true: torch.compile has no second derivatives, by which this policy learns: "
             "leave it train.compile=false"

@@ -70,7 +70,7 @@ class ConsistencyPolicy(DenoisingPolicy):
         relative_to: str | None = None,
     ) -> None:
         if not 1 <= steps <= MAX_STEPS:
-            raise PolicyError(f"a consistency policy has steps=1 to steps={MAX_STEPS}, got {steps}")
+            raise PolicyError(f"steps must be from 1 to {MAX_STEPS} in a consistency policy, got {steps}")
         if solver != "transition":
             raise PolicyError(f"policy.solver={solver} follows an ODE, a consistency policy jumps: leave it out")
         if not boundary > 0:
@@ -104,7 +104,7 @@ def make_teacher(policy: Policy, steps: int | None = None) -> DenoisingPolicy:
         PolicyError: it is no diffusion or flow policy, or has not learnt the times of so many steps.
     """
     if not isinstance(policy, TEACHERS):
-        raise PolicyError(f"a {type(policy).__name__} cannot be distilled: name a diffusion or flow policy")
+        raise PolicyError(f"{type(policy).__name__} cannot be distilled: name a diffusion or flow policy")
     if steps is not None:
         policy.set_steps(steps)
     policy.eta = 0.0

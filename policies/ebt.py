@@ -98,8 +98,7 @@ class EnergyPolicy(Policy):
         PolicyError: an option is unknown or out of its range.
     """
 
-    twice_differentiated = True
-    """Whoever compiles a loss must know."""
+    differentiates = True
 
     def __init__(
         self,
@@ -214,8 +213,6 @@ class EnergyPolicy(Policy):
 
     def _descend(self, features: Tensor, noise: Tensor | None, generator: Generators) -> tuple[Tensor, Tensor]:
         """Normalised chunks at rest [B, Tp, Da], gradient steps of each row [B]."""
-        if torch.compiler.is_exporting():
-            raise PolicyError("an energy is descended by its gradient, for which there is no operator")
         shape = (len(features), self.spec.prediction_steps, self.spec.action_dim)
         start = start_noise(noise, shape, generator, features.device)
         cond = self.network.embed_observation(features)

@@ -192,7 +192,7 @@ def _products(policy: Policy, dtype: torch.dtype) -> Form:
 
 def _packed(policy: Policy, dtype: torch.dtype) -> Form:
     if not isinstance(policy, DenoisingPolicy):
-        raise PolicyError(f"a {type(policy).__name__} does not denoise")
+        raise PolicyError(f"{type(policy).__name__} does not denoise")
     changed = copy.deepcopy(policy)
     with_products(changed)
     with_packed_weights(changed.network, dtype)
@@ -215,7 +215,13 @@ def _eager(policy: Policy, dtype: torch.dtype) -> Run:
 
 
 def _compiled(policy: Policy, dtype: torch.dtype) -> Run:
-    """All of it as one program; where that is too long, one program for the observation and one for a step."""
+    """All of it as one program; where that is too long, one program for the observation and one for a step.
+
+    Raises:
+        PolicyError: the policy takes gradients until it rests, of which no program can be made.
+    """
+    if policy.differentiates:
+        raise PolicyError(f"{type(policy).__name__} takes gradients until it rests, which no program can: engine=eager")
     if not isinstance(policy, DenoisingPolicy) or _length(policy) <= LONGEST_PROGRAM:
         return _program(_eager(policy, dtype), policy)
     policy = copy.copy(policy)

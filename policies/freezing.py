@@ -23,7 +23,7 @@ def frozen_copy(policy: Policy, steps: int | None) -> Policy:
     frozen = copy.deepcopy(policy).eval().requires_grad_(False)
     if steps is not None:
         if not isinstance(frozen, DenoisingPolicy):
-            raise PolicyError(f"steps={steps}: a {type(policy).__name__} does not denoise, leave steps out")
+            raise PolicyError(f"steps={steps}: {type(policy).__name__} does not denoise, leave steps out")
         frozen.set_steps(steps)
     return frozen
 

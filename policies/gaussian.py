@@ -13,7 +13,7 @@ from flowsteer.policies.encoders.base import EncoderFactory
 from flowsteer.policies.errors import PolicyError
 from flowsteer.policies.networks.mlp import MLP
 from flowsteer.policies.policy import Draws, Loss, Policy
-from flowsteer.policies.samplers import Gaussian, Generators, randn
+from flowsteer.policies.samplers import Gaussian, Generators, start_noise
 from flowsteer.policies.spec import PolicySpec
 
 
@@ -69,6 +69,5 @@ class GaussianPolicy(Policy):
 
     def _sample(self, features: Tensor, noise: Tensor | None, generator: Generators) -> Tensor:
         gaussian = self.distribution(features)
-        if noise is None:
-            noise = randn(gaussian.mean.shape, generator, features.device)
+        noise = start_noise(noise, gaussian.mean.shape, generator, features.device)
         return gaussian.mean + self.temperature * gaussian.std * noise

@@ -51,6 +51,11 @@ def export_onnx(policy: Policy, file: Path, batch: int = 1, steps: int | None = 
     if batch < 1:
         raise PolicyError(f"batch must be at least 1, got {batch}")
     frozen = frozen_copy(policy, steps)
+    if frozen.differentiates:
+        raise PolicyError(
+            f"{type(frozen).__name__} takes gradients, for which ONNX has no operator: "
+            "export a diffusion or flow policy"
+        )
     taken = {NOISE, STEP_NOISE, ACTION} & set(frozen.spec.observations)
     if taken:
         raise PolicyError(f"observation '{min(taken)}' has the name of another input or output of the file: rename it")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, final
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,9 @@ class Policy(nn.Module, ABC):
     Raises:
         PolicyError: an option names what the policy does not observe or no normaliser, or is wider than the action.
     """
+
+    differentiates: ClassVar[bool] = False
+    """Whether an answer takes a gradient, and learning the gradient of that: whoever compiles must know."""
 
     def __init__(
         self,

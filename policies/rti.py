@@ -274,7 +274,7 @@ def denoising(policy: Policy) -> DenoisingPolicy:
     """
     if not isinstance(policy, DenoisingPolicy):
         raise PolicyError(
-            f"real-time iteration starts a denoising from the previous chunk, and a {type(policy).__name__} does not "
+            f"real-time iteration starts a denoising from the previous chunk, and {type(policy).__name__} does not "
             "denoise: use policy=diffusion or policy=flow"
         )
     return policy

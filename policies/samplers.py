@@ -88,7 +88,7 @@ def start_noise(
 def uniform_grid(steps: int, start: float = 1.0) -> Tensor:
     """K + 1 equally spaced times from `start` down to 0."""
     if steps < 1 or not 0 < start <= 1:
-        raise PolicyError(f"a grid needs steps >= 1 and 0 < start <= 1, got steps={steps}, start={start}")
+        raise PolicyError(f"steps must be at least 1 and start in (0, 1], got steps={steps} and start={start:g}")
     # Rounded through float64 so that each time is the float32 nearest to k * start / K.
     return (torch.linspace(start, 0.0, steps + 1, dtype=torch.float64)).float()
 

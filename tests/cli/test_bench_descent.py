@@ -37,7 +37,7 @@ def test_rows_that_rest_are_counted_no_longer(descending: Path, tmp_path: Path) 
     ("options", "message"),
     [
         ([], "runs= is missing: name run folders"),
-        (["runs=[{run}]"], "{run} holds a FlowPolicy, which descends no energy: give runs of policy=ebt"),
+        (["runs=[{run}]"], "{run} holds FlowPolicy, which descends no energy: give runs of policy=ebt"),
         (["runs=[{run}]", "steps=[0]"], "steps must be positive, got 0"),
         (["runs=[{run}]", "tolerance=-1"], "tolerance must not be negative, got -1"),
     ],

@@ -79,13 +79,14 @@ def test_evaluations_are_grouped_by_policy_and_execution(tmp_path: Path, capsys:
     assert "0.65 (0.6 to 0.7)" in capsys.readouterr().out
 
 
-def test_policies_of_different_steps_are_different_rows(tmp_path: Path) -> None:
+def test_policies_of_different_steps_are_different_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [make_run(tmp_path / f"run{k}", 0, {"_target_": "flowsteer.x.FlowPolicy", "steps": k}) for k in (1, 4)]
     for run in runs:
         judge(run, "eval-100x10000", 0.5, "sync", 1.0)
     assert bench(tmp_path / "out", runs) == 0
     rows = json.loads((tmp_path / "out" / "tradeoff.json").read_text())["rows"]
-    assert [row["steps"] for row in rows] == [1, 4]
+    assert [row["policy_steps"] for row in rows] == [1, 4]
+    assert "(" not in capsys.readouterr().out, "of one seed there is no spread"
 
 
 def test_two_settings_of_one_run_are_no_two_seeds(tmp_path: Path) -> None:
@@ -106,7 +107,7 @@ def test_a_run_that_nobody_judged_so(tmp_path: Path, capsys: pytest.CaptureFixtu
     gaussian = make_run(tmp_path / "gaussian", 0, {"_target_": "flowsteer.policies.x.GaussianPolicy"})
     judge(gaussian, "sync", 0.5, "sync", None)
     assert bench(tmp_path / "out", [gaussian], "judged=[sync]") == 2
-    assert f"{gaussian} holds a GaussianPolicy, which runs no network K times: leave" in capsys.readouterr().err
+    assert f"{gaussian} holds GaussianPolicy, which runs no network K times: leave" in capsys.readouterr().err
     assert bench(tmp_path / "out", []) == 2
     assert "runs= is missing" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

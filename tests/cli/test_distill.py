@@ -110,6 +110,19 @@ def test_a_run_that_was_stopped_equals_one_that_went_on(trained: Path, tmp_path:
         assert all(one[key].equal(other[key]) for key in one)
 
 
+def test_a_finished_run_is_left_as_it_is(distilled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written = (distilled / "comparison.json").stat().st_mtime_ns
+    assert distill(f"resume={distilled}") == 0
+    assert (distilled / "comparison.json").stat().st_mtime_ns == written
+    assert capsys.readouterr().out.endswith(
+        f"{distilled}: 4 steps done, nothing was left to learn (more: train.steps=); "
+        f"judge it with: flowsteer eval checkpoint={distilled}\n"
+    )
+    (distilled / "comparison.json").unlink()
+    assert distill(f"resume={distilled}") == 0
+    assert (distilled / "comparison.json").exists()
+
+
 def test_a_fine_tuned_teacher_is_distilled_without_its_noise(tuned: Path, dataset: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert distill(f"checkpoint={tuned}", "steps=2", "teacher_steps=5", *SHORT, f"out={folder}") == 0
@@ -137,7 +150,7 @@ def test_what_cannot_be_done_with_a_student(
 ) -> None:
     out = f"out={tmp_path / 'run'}"
     told = refused(capsys, f"checkpoint={distilled}", *SHORT, out, code=1)
-    assert told == "a ConsistencyPolicy cannot be distilled: name a diffusion or flow policy"
+    assert told == "ConsistencyPolicy cannot be distilled: name a diffusion or flow policy"
     assert main(["export", f"checkpoint={distilled}", "steps=4", f"out={tmp_path / 'policy.onnx'}"]) == 1
     assert "this policy was distilled to 1, distill another one with steps=4" in capsys.readouterr().err
     assert main(["finetune", f"checkpoint={distilled}", "algo=fpo", "sim.workers=0", "device=cpu", out]) == 1
@@ -158,10 +171,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     cases: list[tuple[tuple[str, ...], int, str]] = [
         (("checkpoint=null",), 2, "checkpoint= is missing: name a run folder"),
         (("weights=eam",), 2, "weights 'eam' is unknown; nearest: ema"),
-        (("steps=0",), 1, "a consistency policy has steps=1 to steps=4, got 0"),
-        (("steps=5",), 1, "a consistency policy has steps=1 to steps=4, got 5"),
+        (("steps=0",), 2, "steps must be positive, got 0"),
+        (("steps=5",), 1, "steps must be from 1 to 4 in a consistency policy, got 5"),
         (("steps=3", "teacher_steps=2"), 1, "a student of steps=3 has nothing to learn from a teacher of 2"),
-        (("teacher_steps=0",), 1, "a grid needs steps >= 1"),
+        (("teacher_steps=0",), 2, "teacher_steps must be positive, got 0"),
         (("loss=same_nose",), 2, "loss 'same_nose' is unknown; nearest: same_noise (known: both, consistency, same"),
         (("loss.same_noise=0",), 1, "loss.same_noise and loss.consistency are both 0"),
         ((f"dataset={foreign}",), 1, f"{foreign}"),
@@ -187,7 +200,7 @@ def test_a_gaussian_policy_is_no_teacher(
     run = tmp_path / "gaussian"
     assert main(["train", f"dataset={dataset}", "policy=gaussian", "train.steps=1", f"out={run}", *options]) == 0
     told = refused(capsys, f"checkpoint={run}", *SHORT, f"out={tmp_path / 'run'}", code=1)
-    assert told == "a GaussianPolicy cannot be distilled: name a diffusion or flow policy"
+    assert told == "GaussianPolicy cannot be distilled: name a diffusion or flow policy"
 
 
 def test_demonstrations_that_nobody_tells_of(tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,7 @@ def test_a_run_becomes_one_file(trained: Path, tmp_path: Path, capsys: pytest.Ca
     [
         ([], 2, "checkpoint= is missing: name a run folder, RUN/best or RUN/checkpoints/STEP"),
         (["checkpoint={run}", "out={tmp}/a.pt"], 2, "out=a.pt is no name of an ONNX file: end it in .onnx"),
-        (["checkpoint={run}", "out={tmp}/a.onnx", "steps=0"], 1, "a grid needs steps >= 1"),
+        (["checkpoint={run}", "out={tmp}/a.onnx", "steps=0"], 2, "steps must be positive, got 0"),
         (["checkpoint={run}", "out={tmp}/a.onnx", "batch=0"], 2, "batch must be positive, got 0"),
         (["checkpoint={run}", "out={tmp}/a.onnx", "weights=eam"], 2, "weights 'eam' is unknown; nearest: ema"),
         (["checkpoint={tmp}/none", "out={tmp}/a.onnx"], 1, "checkpoint {tmp}/none does not exist"),

@@ -157,7 +157,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 
 def test_a_cloning_run_is_not_resumed_as_fine_tuning(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = refused(capsys, f"resume={trained}", code=2)
-    assert "is not the config of a run" in told
+    assert told.startswith(f"resume={trained} holds no run of flowsteer finetune (Key ")
+    assert told.endswith("): go on with the subcommand that made it")
 
 
 def test_a_folder_that_holds_a_run_is_refused(tuned: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,8 +11,6 @@ from flowsteer.cli import finetune, train
 from flowsteer.cli.application import Application
 from flowsteer.cli.errors import UsageError
 from flowsteer.cli.resume import resumed_config
-from flowsteer.configs.finetune import FinetuneConfig
-from flowsteer.configs.train import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +34,11 @@ def written(application: Application, *options: str) -> str:
 
 
 def resume_cloning(folder: Path, *options: str) -> DictConfig:
-    return resumed_config(TrainConfig, train.PATHS, folder, [f"resume={folder}", *options], train.FREE)
+    return resumed_config(train.application, folder, [f"resume={folder}", *options], train.FREE)
 
 
 def resume_tuning(folder: Path, *options: str) -> DictConfig:
-    return resumed_config(FinetuneConfig, finetune.PATHS, folder, [f"resume={folder}", *options])
+    return resumed_config(finetune.application, folder, [f"resume={folder}", *options])
 
 
 @pytest.mark.parametrize(

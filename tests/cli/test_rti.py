@@ -189,7 +189,8 @@ def test_a_damaged_choice_is_named(copied: Path, capsys: pytest.CaptureFixture[s
             "a list is written 'steps=[a,b]'",
         ),
         (["checkpoint={run}", "steps=[1,0]"], 2, "steps must be positive, got 0"),
-        (["checkpoint={run}", "starts=[0.5,1.5]"], 1, "rti.start must be in (0, 1], got 1.5"),
+        (["checkpoint={run}", "starts=[0.5,1.5]"], 2, "starts must be in (0, 1], got 1.5"),
+        (["checkpoint={run}", "starts=[0.0]"], 2, "starts must be in (0, 1], got 0.0"),
         (["checkpoint={run}", "starts=[]"], 2, "starts is empty: give at least one"),
         (["checkpoint={run}", "renoise=[]"], 2, "renoise is empty: give at least one"),
         (["checkpoint={run}", "tolerance=-1"], 2, "tolerance must not be negative, got -1.0"),
@@ -215,7 +216,7 @@ def test_a_family_that_does_not_denoise_is_refused(
     assert main(["train", f"dataset={dataset}", f"out={run}", *options]) == 0
     for command in (["rti"], ["eval", "execution=rti"]):
         told = error_of(capsys, *command, f"checkpoint={run}", code=1)
-        assert told.endswith("a GaussianPolicy does not denoise: use policy=diffusion or policy=flow")
+        assert told.endswith("GaussianPolicy does not denoise: use policy=diffusion or policy=flow")
 
 
 def row(steps: int, success: float, max_reward: float, high: float | None = None) -> dict[str, Any]:

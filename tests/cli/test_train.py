@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 from flowsteer.cli.main import main
 from flowsteer.cli.resume import resumed_config
 from flowsteer.cli.run_log import read_metrics
-from flowsteer.cli.train import PATHS
-from flowsteer.configs.train import TrainConfig
+from flowsteer.cli.train import application
 from flowsteer.datasets import ReplayBuffer, write_zarr
 from flowsteer.datasets.opening import open_dataset
 from flowsteer.policies.checkpoint import load_policy
@@ -156,11 +155,16 @@ def test_resuming_what_is_not_a_run_is_refused(tmp_path: Path, capsys: pytest.Ca
     assert error_of(capsys, f"resume={tmp_path}") == (
         f"resume={tmp_path} holds no run (config.yaml is missing): name a folder made with out="
     )
-    for text in ("train: {steps: many}", "- a list", "{", "unknown: 1"):
+    for text in ("train: {steps: many}", "- a list", "{"):
         (tmp_path / "config.yaml").write_text(text)
         assert error_of(capsys, f"resume={tmp_path}").startswith(
             f"{tmp_path / 'config.yaml'} is not the config of a run"
         )
+    (tmp_path / "config.yaml").write_text("unknown: 1")
+    assert error_of(capsys, f"resume={tmp_path}") == (
+        f"resume={tmp_path} holds no run of flowsteer train (Key 'unknown' not in 'TrainConfig'): "
+        "go on with the subcommand that made it"
+    )
 
 
 def test_a_sweep_trains_every_combination(dataset: Path, tmp_path: Path, tiny: tuple[str, ...]) -> None:
@@ -235,9 +239,9 @@ def test_a_data_set_given_anew_when_resuming_means_the_working_directory(
     trained: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(dataset.parent)
-    config = resumed_config(TrainConfig, PATHS, trained, [f"resume={trained}", f"dataset={dataset.name}"])
+    config = resumed_config(application, trained, [f"resume={trained}", f"dataset={dataset.name}"])
     assert config.dataset == str(dataset)
-    assert resumed_config(TrainConfig, PATHS, trained, ["dataset=minari:a/b-v0"]).dataset == "minari:a/b-v0"
+    assert resumed_config(application, trained, ["dataset=minari:a/b-v0"]).dataset == "minari:a/b-v0"
 
 
 def test_a_recorded_state_that_is_another_is_refused(

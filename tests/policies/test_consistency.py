@@ -173,8 +173,8 @@ def test_steps_land_on_the_trajectory_that_the_transition_leads_to() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, r"a consistency policy has steps=1 to steps=4, got 0"),
-        ({"steps": 5}, r"a consistency policy has steps=1 to steps=4, got 5"),
+        ({"steps": 0}, "steps must be from 1 to 4 in a consistency policy, got 0"),
+        ({"steps": 5}, "steps must be from 1 to 4 in a consistency policy, got 5"),
         ({"solver": "heun"}, r"policy\.solver=heun follows an ODE, a consistency policy jumps"),
         ({"boundary": 0.0}, r"policy\.boundary must be positive, got 0"),
     ],
@@ -200,12 +200,12 @@ def test_there_is_no_denoising_loss(make_batch: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("family", ["gaussian"])
 def test_a_family_that_has_no_steps_is_no_teacher(family: str, make_policy: Callable[..., Policy]) -> None:
-    with pytest.raises(PolicyError, match=r"a GaussianPolicy cannot be distilled: name a diffusion or flow policy"):
+    with pytest.raises(PolicyError, match=r"^GaussianPolicy cannot be distilled: name a diffusion or flow policy"):
         make_teacher(make_policy(family))
 
 
 def test_a_student_is_no_teacher() -> None:
-    with pytest.raises(PolicyError, match=r"a ConsistencyPolicy cannot be distilled"):
+    with pytest.raises(PolicyError, match=r"^ConsistencyPolicy cannot be distilled"):
         make_teacher(consistency("linear", "velocity"))
 
 

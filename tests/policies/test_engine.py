@@ -176,7 +176,7 @@ def test_packed_weights_are_all_that_is_rounded(monkeypatch):
 def test_only_what_denoises_has_packed_weights():
     act = compile_act(fitted(FAMILIES["gaussian"]), engine="eager")
     assert act.candidates[0].form == "packed"
-    assert act.candidates[0].refused == "a GaussianPolicy does not denoise"
+    assert act.candidates[0].refused == "GaussianPolicy does not denoise"
 
 
 def test_a_form_that_errs_or_fails_leaves_the_others(monkeypatch):
@@ -319,8 +319,8 @@ def test_an_engine_has_its_own_number_of_threads():
     ("family", "options", "message"),
     [
         ("flow", {"batch": 0}, "batch must be at least 1, got 0"),
-        ("flow", {"steps": 0}, "a grid needs steps >= 1 and 0 < start <= 1, got steps=0"),
-        ("gaussian", {"steps": 3}, "steps=3: a GaussianPolicy does not denoise, leave steps out"),
+        ("flow", {"steps": 0}, "steps must be at least 1 and start in (0, 1], got steps=0"),
+        ("gaussian", {"steps": 3}, "steps=3: GaussianPolicy does not denoise, leave steps out"),
         ("flow", {"dtype": "float16"}, "dtype 'float16' is unknown; nearest: bfloat16"),
         ("flow", {"dtype": torch.bfloat16}, "dtype 'torch.bfloat16' is unknown; nearest: bfloat16"),
         ("flow", {"engine": "compile"}, "engine 'compile' is unknown; nearest: compiled"),

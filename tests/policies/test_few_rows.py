@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from torch import nn
 from flowsteer.policies import few_rows
 from flowsteer.policies.errors import PolicyError
 from flowsteer.policies.few_rows import PackedLinear, with_packed_weights
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler: apt install g++")
 
 
 def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:

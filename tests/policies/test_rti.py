@@ -222,7 +222,7 @@ def test_the_grid_is_embedded_once(policy: DenoisingPolicy, monkeypatch: pytest.
 
 
 def test_what_does_not_denoise_is_refused_by_name(make_policy: Make) -> None:
-    with pytest.raises(PolicyError, match=r"a GaussianPolicy does not denoise: use policy=diffusion or policy=flow"):
+    with pytest.raises(PolicyError, match=r"and GaussianPolicy does not denoise: use policy=diffusion or policy=flow"):
         iterated(make_policy("gaussian"))
 
 

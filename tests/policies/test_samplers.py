@@ -211,7 +211,7 @@ def test_deterministic_solvers_refuse_noise(solver: Callable[..., Tensor]) -> No
 def test_uniform_grid() -> None:
     assert uniform_grid(4).tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
     assert uniform_grid(2, start=0.5).tolist() == [0.5, 0.25, 0.0]
-    with pytest.raises(PolicyError, match=r"steps >= 1 and 0 < start <= 1, got steps=0, start=1.0"):
+    with pytest.raises(PolicyError, match=r"steps must be at least 1 and start in \(0, 1\], got steps=0 and start=1"):
         uniform_grid(0)
 
 
