@@ -58,6 +58,8 @@ def finetune_policy(config: DictConfig, folder: Path) -> Outcome:
     """
     check_seeds(config, "seed", "eval.seed")
     check_positive(config, "eval.episodes")
+    if config.eval.seed + config.eval.episodes > FIRST_SEED:
+        raise UsageError(f"eval.seed must be below {FIRST_SEED}, where the seeds to learn from begin")
     check_not_negative(config, "eval.videos", "eval.delay_steps")
     seed_everything(config.seed)
     accelerator = find_processes(config.device)
@@ -102,7 +104,7 @@ def _take_horizon(config: DictConfig, spec: PolicySpec) -> None:
     """The horizon is the checkpoint's; what is said of it must not be another one."""
     own = {name: getattr(spec, name) for name in config.horizon}
     said = {name: value for name, value in config.horizon.items() if value != getattr(Horizon(), name)}
-    other = [name for name, value in said.items() if config.task is None and value != own[name]]
+    other = [name for name, value in said.items() if value != own[name]]
     if other:
         raise UsageError(f"horizon.{other[0]} is the checkpoint's, {own[other[0]]}: leave it out")
     config.horizon.update(own)

@@ -18,7 +18,10 @@ from flowsteer.cli.refusals import is_node, options, parse, wrong_type
 from flowsteer.cli.training import CONFIG
 
 RESUME = "resume"
-FIXED = ("checkpoint", "weights", "steps", "teacher_steps", "task", "horizon", "policy", "data")
+FIXED = (
+    *("checkpoint", "weights", "steps", "teacher_steps", "task", "horizon", "policy", "data"),
+    *("algo.steps", "algo.fine_tuned_steps", "algo.eta"),
+)
 """Options that say what a run's weights mean, or what they were learnt from."""
 
 
@@ -91,7 +94,7 @@ def _override(config: DictConfig, arg: str, paths: Sequence[str], free: Collecti
         raise UsageError(wrong_type(error)) from None
     if key in paths and config[key] is not None:
         config[key] = absolute(config[key], Path.cwd())
-    if key.partition(".")[0] in FIXED and key not in free and _value(config, key) != was:
+    if f"{key}.".startswith(tuple(f"{name}." for name in FIXED)) and key not in free and _value(config, key) != was:
         raise UsageError(
             f"'{arg}' cannot go with resume=: the run was made with {key}={json.dumps(was)}; "
             f"leave it out or start another run"

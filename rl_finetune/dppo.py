@@ -26,6 +26,9 @@ from flowsteer.rl_finetune.errors import FinetuneError
 from flowsteer.rl_finetune.exploration import Exploration
 from flowsteer.rl_finetune.trust_region import REDUCTIONS, SURROGATES, clip_schedule
 
+FINE_TUNED = 10
+"""Denoising steps that are tuned unless another number is given, of policies that have as many."""
+
 
 @final
 class DPPO(Algorithm):
@@ -35,7 +38,7 @@ class DPPO(Algorithm):
         policy: a diffusion or flow policy; the copy of it that serves the earlier steps stays as it is.
         exploration: builds the noise from K', To * F and Da.
         steps: K, denoising steps; the policy's own where not given.
-        fine_tuned_steps: K', at most K.
+        fine_tuned_steps: K', at most K; where not given 10, or K if that is fewer.
         eta: noise of the transitions, in [0, 1]; the tuned policy is judged and deployed with it too. With 0 there is
             only what `exploration` adds, and the judged policy is deterministic.
         clip_first: clip range of the ratio at the noisiest fine-tuned step.
@@ -61,9 +64,9 @@ class DPPO(Algorithm):
         policy: Policy,
         exploration: Callable[[int, int, int], Exploration],
         steps: int | None = None,
-        fine_tuned_steps: int = 10,
+        fine_tuned_steps: int | None = None,
         eta: float = 1.0,
-        clip_first: float = 0.001,
+        clip_first: float = 0.01,
         clip_last: float = 0.01,
         denoising_discount: float = 0.99,
         reduction: str = "mean",
@@ -79,7 +82,8 @@ class DPPO(Algorithm):
         self.cloned = copy.deepcopy(denoising(policy, "dppo")).requires_grad_(False)
         if steps is not None:
             self.tuned.set_steps(steps)
-        self.steps, self.rows, self.eta = len(self.tuned.grid) - 1, fine_tuned_steps, eta
+        self.steps, self.eta = len(self.tuned.grid) - 1, eta
+        self.rows = min(FINE_TUNED, self.steps) if fine_tuned_steps is None else fine_tuned_steps
         self.first = self.steps - self.rows
         check_options(
             ("eta", 0 <= eta <= 1, "in [0, 1]", eta),
@@ -96,6 +100,10 @@ class DPPO(Algorithm):
             ("log_prob_floor", log_prob_floor >= 0, "not negative", log_prob_floor),
             ("anchor", anchor >= 0, "not negative", anchor),
         )
+        if log_prob_limits is not None and not log_prob_limits[0] < log_prob_limits[1]:
+            raise FinetuneError(f"algo.log_prob_limits must be [low, high], got {list(log_prob_limits)}")
+        if normalize_ratio and log_prob_limits is not None:
+            raise FinetuneError("algo.normalize_ratio takes whole log-probabilities: leave algo.log_prob_limits out")
         if train_encoder and (self.first or anchor):
             raise FinetuneError(
                 f"algo.train_encoder=true needs algo.fine_tuned_steps={self.steps} and algo.anchor=0: "
@@ -157,16 +165,17 @@ class DPPO(Algorithm):
         a_hat = policy.denoise_on(policy.grid, cond)(x_t, self.first + row)
         gaussian = self._transition(a_hat, x_t, row, features[decision])
         log_ratio = self._log_prob(gaussian, x_s) - memory["log_prob"][decision, row]
+        ratio = log_ratio
         if self.normalize_ratio:
-            log_ratio = self._guarded(log_ratio, gaussian, memory["mean"][decision, row])
+            ratio = self._guarded(log_ratio, gaussian, memory["mean"][decision, row])
         clip = self.clip[row]
-        loss = self.surrogate(log_ratio, advantage * self.discount[row], clip).mean()
+        loss = self.surrogate(ratio, advantage * self.discount[row], clip).mean()
         parts = {"noise_std": gaussian.std.mean().detach()}
         if self.anchor:
             parts["anchor"] = self._divergence(gaussian, features, decision, x_t, row)
             loss = loss + self.anchor * parts["anchor"]
-        detached = log_ratio.detach()
-        return Step(loss, detached, (detached.exp() - 1).abs() > clip, {k: v.detach() for k, v in parts.items()})
+        clipped = (ratio.detach().exp() - 1).abs() > clip
+        return Step(loss, log_ratio.detach(), clipped, {k: v.detach() for k, v in parts.items()})
 
     def acting(self) -> Policy:
         """The cloned network for the first K - K' steps, the tuned one for the others."""
@@ -214,14 +223,21 @@ class DPPO(Algorithm):
 
     def _log_prob(self, gaussian: Gaussian, x: Tensor) -> Tensor:
         """Of the steps that are executed, [R]."""
-        floored = Gaussian(gaussian.mean, gaussian.std.clamp(min=self.log_prob_floor))
-        each = floored.log_prob(x)[:, self.tuned.spec.executed]
+        each = self._floored(gaussian).log_prob(x)[:, self.tuned.spec.executed]
         return self.reduce(each if self.log_prob_limits is None else each.clamp(*self.log_prob_limits))
 
+    def _floored(self, gaussian: Gaussian) -> Gaussian:
+        """With the deviation of log-probabilities."""
+        return Gaussian(gaussian.mean, gaussian.std.clamp(min=self.log_prob_floor))
+
     def _guarded(self, log_ratio: Tensor, new: Gaussian, old_mean: Tensor) -> Tensor:
-        """(log r + |mu - mu_old|^2 / (2 std^2)) std: mean 0 under the old policy, alike for all noise levels."""
+        """(log r + |mu - mu_old|^2 / (2 std^2)) std: mean 0 under the old policy, alike for all noise levels.
+
+        The weight 1 / (-dt) of its loss is the same for all steps of a grid of equal ones.
+        """
         executed = self.tuned.spec.executed
-        std = new.std.expand_as(new.mean)[:, executed]
+        # A factor, not something to learn by: a learned deviation could make its own ratio.
+        std = self._floored(new).std.detach().expand_as(new.mean)[:, executed]
         bias = ((new.mean - old_mean)[:, executed] / std).square() / 2
         return (log_ratio + self.reduce(bias)) * std.flatten(1).mean(1)
 

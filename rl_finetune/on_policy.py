@@ -43,8 +43,6 @@ class Progress:
     decisions: int = 0
     next_seed: int = FIRST_SEED
     best_score: float | None = None
-    collect_s: float = 0.0
-    update_s: float = 0.0
 
 
 @final
@@ -116,12 +114,12 @@ class OnPolicy:
                 progress.iteration += 1
                 times = self._times(collected - started, time.perf_counter() - collected)
                 log.log(progress.env_steps, {**self.episodes.numbers(), **numbers, **times})
-                if progress.iteration % config.restart_every == 0:
-                    self._restart()
                 if self._due(config.evaluate_every):
                     self._evaluate(evaluate, log)
                 if self._due(config.save_every) or self._best_unsaved:
                     self.save()
+                elif progress.iteration % config.restart_every == 0:
+                    self._restart()
             self.save()
         return progress.env_steps >= config.env_steps
 
@@ -140,8 +138,9 @@ class OnPolicy:
         return rollout
 
     def save(self) -> None:
-        """Write `folder/checkpoints/ENV_STEPS`."""
+        """Write `folder/checkpoints/ENV_STEPS`, from which new episodes start, here as in a resumed run."""
         progress, folder = self.progress, self.folder
+        self._restart()
         if folder is not None and self.processes.rank == 0:
             target = folder / "checkpoints" / f"{progress.env_steps:09d}"
             if self._saved != progress.env_steps:
@@ -199,6 +198,8 @@ class OnPolicy:
 
     def _restart(self) -> None:
         """Let all environments of all processes start new episodes."""
+        if self.obs is None:
+            return
         self.progress.next_seed = self.processes.largest(max(self.env.seeds)) + 1
         self.update.reward_scale.restart()
         self.obs = None
@@ -233,8 +234,6 @@ class OnPolicy:
     def _times(self, collect_s: float, update_s: float) -> dict[str, float]:
         """Of this iteration, and what has been counted since the beginning."""
         progress, steps = self.progress, self.progress.env_steps
-        progress.collect_s += collect_s
-        progress.update_s += update_s
         now, self._counted = steps - self._counted, steps
         return {
             "count/decisions": float(progress.decisions),
@@ -242,5 +241,6 @@ class OnPolicy:
             "time/collect_s": collect_s,
             "time/update_s": update_s,
             "time/collect_env_steps_per_s": now / collect_s,
+            "time/update_env_steps_per_s": now / update_s,
             "time/env_steps_per_s": now / (collect_s + update_s),
         }

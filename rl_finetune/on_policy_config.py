@@ -37,8 +37,8 @@ class OnPolicyConfig:
         measure_signal: compare the gradients of two halves of the environments, which costs one more minibatch.
         evaluate_every: iterations between evaluations on unseen seeds, 0 for none; the first comes before any update.
         save_every: iterations between checkpoints.
-        restart_every: iterations after which all environments start new episodes; what runs in a simulator cannot be
-            saved, so a resumed run equals one that went on where it was stopped at a multiple of it.
+        restart_every: iterations after which all environments start new episodes. What runs in a simulator cannot be
+            saved, so they do as well whenever a checkpoint is.
 
     Raises:
         FinetuneError: a value is out of its range.
@@ -74,6 +74,11 @@ class OnPolicyConfig:
         for name in ("lr", "critic_lr", "grad_clip", "target_kl", "max_kl"):
             if not 0 < getattr(self, name) < math.inf:
                 raise FinetuneError(f"train.{name} must be positive and finite, got {getattr(self, name):g}")
+        if self.target_kl > self.max_kl:
+            raise FinetuneError(
+                f"train.target_kl={self.target_kl:g}, where an update ends, must not be above "
+                f"train.max_kl={self.max_kl:g}, where the run ends"
+            )
         for name in ("critic_warmup", "evaluate_every"):
             if getattr(self, name) < 0:
                 raise FinetuneError(f"train.{name} must not be negative, got {getattr(self, name)}")

@@ -23,6 +23,8 @@ SAME_POLICY = 1e-4
 """Largest |log ratio| before anything has been learnt: more, and the update is not of the policy that collected."""
 MICRO_BATCH, MICRO_BATCH_ON_GPU = 1250, 20_000
 """Rows at a time. On a CPU what they leave behind stays in the caches, and in memory that is used again."""
+LOOKED_AT = 1000
+"""Rows that tell how far the last step has moved the policy."""
 
 
 @final
@@ -94,8 +96,17 @@ class Update:
 
     @torch.no_grad()
     def sample(self, rollout: Rollout) -> tuple[Sample, dict[str, float]]:
-        """Advantages and targets of an iteration, and what they say of it."""
+        """Advantages and targets of an iteration, and what they say of it.
+
+        Raises:
+            FinetuneError: no decision is kept.
+        """
         config, reward = self.config, rollout.reward
+        if not bool(rollout.kept.any()):
+            raise FinetuneError(
+                "the simulator lost the episode of every decision of an iteration, so there is nothing to learn from: "
+                "the warnings above say why; the last checkpoint is kept"
+            )
         features, final = self._encode(rollout.obs), self._encode(rollout.final_obs)
         value, next_value = (self.critic(part.flatten(0, 1)).view_as(reward) for part in (features, final))
         if config.scale_rewards:
@@ -126,15 +137,16 @@ class Update:
             # A decision's rows side by side: it is encoded in one part of the minibatch, not in several.
             batch = batch.sort().values
             step = self._accumulate(sample, batch)
-            # Of the steps taken so far, on rows that are as good as new.
-            kl = self.processes.total(kl_estimate(step.log_ratio).item()) / self.processes.count
-            self._check_kl(kl)
+            # Of the steps taken so far, on rows that are as good as new; augmentation is no step.
+            kl = self._kl(self._look(sample, batch) if self.algorithm.train_encoder else step.log_ratio)
             if kl > self.config.target_kl:
                 break
             self._descend(self.optimizer, self.learning)
             self.gradient_steps += 1
             steps.append(step)
             taken.append(batch % rows)
+        else:
+            kl = self._kl(self._look(sample, batch))
         numbers = _numbers(steps, torch.cat(taken), rows) if steps else {}
         return {"train/kl": kl, "train/minibatches": float(len(steps)), **numbers}
 
@@ -192,9 +204,7 @@ class Update:
     def _check_first(self, sample: Sample, num_envs: int) -> dict[str, float]:
         """Before the first update the new policy is the old one, so that all ratios are 1."""
         batch = next(self._minibatches(len(sample.kept), self.algorithm.rows, self.config.batch_size)).sort().values
-        with torch.no_grad():
-            log_ratios = [self.step(sample, part).log_ratio for part in torch.split(batch, self.micro_batch_size)]
-        largest = torch.cat(log_ratios).abs().max().item()
+        largest = self._log_ratios(sample, batch).abs().max().item()
         if not largest < SAME_POLICY:
             raise FinetuneError(
                 f"before the first update the log-ratio is {largest:.3g} where it must be 0: "
@@ -215,8 +225,9 @@ class Update:
         total = torch.zeros((), device=batch.device)
         for part in torch.split(batch, self.micro_batch_size):
             loss = len(part) / len(batch) * self.step(sample, part).loss
-            gradients = torch.autograd.grad(loss, self.learning, allow_unused=True)
-            total = total + torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
+            # What a part does not use has a gradient of 0: other parts may.
+            gradients = torch.autograd.grad(loss, self.learning, allow_unused=True, materialize_grads=True)
+            total = total + torch.cat([gradient.flatten() for gradient in gradients])
         return total
 
     def _encode(self, obs: Observation) -> Tensor:
@@ -224,12 +235,23 @@ class Update:
         policy, decisions = self.algorithm.policy, len(next(iter(obs.values())))
         return torch.stack([policy.features({key: array[s] for key, array in obs.items()}) for s in range(decisions)])
 
-    def _check_kl(self, kl: float) -> None:
+    def _look(self, sample: Sample, batch: Tensor) -> Tensor:
+        """Log-ratios of some rows of a minibatch, enough to tell a KL."""
+        return self._log_ratios(sample, batch[:: len(batch) // LOOKED_AT or 1])
+
+    @torch.no_grad()
+    def _log_ratios(self, sample: Sample, batch: Tensor) -> Tensor:
+        return torch.cat([self.step(sample, part).log_ratio for part in torch.split(batch, self.micro_batch_size)])
+
+    def _kl(self, log_ratio: Tensor) -> float:
+        """How far the policy has moved, by the rows of all processes."""
+        kl = self.processes.total(kl_estimate(log_ratio).item()) / self.processes.count
         if not kl <= self.config.max_kl:
             raise FinetuneError(
                 f"a minibatch moved the policy by a KL of {kl:.3g} (train.max_kl={self.config.max_kl:g}): lower "
                 "train.lr or the clip range, or collect more decisions; the last checkpoint is kept"
             )
+        return kl
 
     def _check_finite(self) -> None:
         parameters = [*self.learning, *self.critic_learning]

@@ -91,12 +91,18 @@ def test_how_it_samples_learns_and_is_judged_may_change(cloning: Path, option: s
     assert OmegaConf.select(config, option.partition("=")[0]) == value
 
 
-@pytest.mark.parametrize("option", ["policy.steps=20", "task.reward=none", "horizon.execution_steps=4", "checkpoint=x"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("policy.steps=20", "task.reward=none", "horizon.execution_steps=4", "checkpoint=x"),
+        *("algo.steps=5", "algo.fine_tuned_steps=3", "algo.eta=0.5"),
+    ],
+)
 def test_fine_tuning_goes_on_with_the_policy_and_the_task_that_it_began_with(tuning: Path, option: str) -> None:
     with pytest.raises(UsageError, match=r"cannot go with resume=: the run was made with "):
         resume_tuning(tuning, option)
 
 
-@pytest.mark.parametrize("option", ["train.env_steps=900", "algo.steps=5", "train.lr=0.1"])
+@pytest.mark.parametrize("option", ["train.env_steps=900", "algo.clip_last=0.02", "train.lr=0.1"])
 def test_fine_tuning_may_go_on_otherwise(tuning: Path, option: str) -> None:
     resume_tuning(tuning, option)

@@ -153,6 +153,26 @@ def test_a_guarded_ratio_has_no_drift(make_policy, observe):
     assert guarded.std().item() == pytest.approx(shift / 2, rel=0.03)
 
 
+def test_a_guarded_ratio_knows_the_floor_and_hides_no_kl(make_policy, observe, generator):
+    algorithm = make(make_policy("flow"), floor=0.1, fine_tuned_steps=1, normalize_ratio=True, log_prob_floor=0.5)
+    old, shift = torch.zeros(20_000, 4, 2), 0.5
+    x = 0.5 * torch.randn(20_000, 4, 2, generator=torch.Generator().manual_seed(0))
+    new, before = (Gaussian(mean, torch.tensor([0.1])) for mean in (old + shift, old))
+    plain = algorithm._log_prob(new, x) - algorithm._log_prob(before, x)
+    assert algorithm._guarded(plain, new, old).mean().item() == pytest.approx(0, abs=0.01)
+    obs = observe()
+    _, memory = algorithm.explore(obs, generator)
+    decision, row = rows_of(memory, 1)
+    memory["log_prob"] = memory["log_prob"] - 0.25
+    step = algorithm.step(algorithm.policy.features(obs), memory, decision, row, torch.ones(len(row)))
+    torch.testing.assert_close(step.log_ratio, torch.full_like(step.log_ratio, 0.25), rtol=1e-3, atol=0)
+
+
+def test_ten_steps_are_tuned_or_all_there_are(make_policy):
+    assert make(make_policy("flow")).rows == 4
+    assert make(make_policy("flow"), steps=12).rows == 10
+
+
 def test_the_anchor_is_zero_at_the_cloned_policy_and_grows_away_from_it(make_policy, observe, generator):
     algorithm = make(make_policy("flow"), fine_tuned_steps=2, anchor=1.0)
     obs = observe()
@@ -196,6 +216,11 @@ def test_learned_noise_stays_in_its_bounds_and_learns(make_policy, observe, gene
     [
         ({"fine_tuned_steps": 5}, "algo.fine_tuned_steps must be from 1 to the 4 denoising steps, got 5"),
         ({"fine_tuned_steps": 0}, "algo.fine_tuned_steps must be from 1 to the 4 denoising steps, got 0"),
+        ({"log_prob_limits": (2.0, -5.0)}, "algo.log_prob_limits must be [low, high], got [2.0, -5.0]"),
+        (
+            {"log_prob_limits": (-5.0, 2.0), "normalize_ratio": True},
+            "algo.normalize_ratio takes whole log-probabilities: leave algo.log_prob_limits out",
+        ),
         ({"eta": 1.5, "fine_tuned_steps": 2}, "algo.eta must be in [0, 1], got 1.5"),
         ({"clip_last": 0.0, "fine_tuned_steps": 2}, "algo.clip_last must be positive, got 0"),
         ({"noise_limit": 0.0, "fine_tuned_steps": 2}, "algo.noise_limit must be positive, got 0"),

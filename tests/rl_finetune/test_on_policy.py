@@ -1,5 +1,6 @@
 import itertools
 import os
+import shutil
 import signal
 from functools import partial
 
@@ -87,6 +88,7 @@ def test_a_run_that_was_stopped_equals_one_that_went_on(make_loop, tmp_path, nam
         again.train(Record())
         found = read_tensors(folder / "last" / "trainer.safetensors")
         assert found.keys() == wanted.keys()
+        assert load_trainer(folder / "last").values == load_trainer(tmp_path / "whole" / "last").values
         for key, value in wanted.items():
             torch.testing.assert_close(found[key], value, rtol=0, atol=0, msg=f"stopped after {steps}: {key}")
 
@@ -139,6 +141,28 @@ def test_the_network_of_a_compiled_run_is_counted_when_it_is_judged(quick_compil
         loop.acting.act({"target": torch.zeros(3, 1, 2)})
     assert counter.evaluations == 3 * 4
     assert all(p is q for p, q in zip(loop.acting.parameters(), loop.algorithm.policy.parameters(), strict=True))
+
+
+def test_a_checkpoint_between_restarts_resumes_exactly(make_loop, tmp_path):
+    """What runs in a simulator cannot be saved: episodes start anew at a checkpoint, in both runs."""
+    options = {"restart_every": 4, "save_every": 3}
+    whole = make_loop("fpo", folder=tmp_path / "whole", env_steps=600, **options)
+    save, middle = whole.save, tmp_path / "middle"
+
+    def saving():
+        save()
+        if whole.progress.iteration == 3:
+            shutil.copytree((tmp_path / "whole" / "last").resolve(), middle)
+
+    whole.save = saving
+    whole.train(Record())
+    assert whole.progress.iteration > 5
+    again = make_loop("fpo", folder=tmp_path / "again", env_steps=600, **options)
+    again.resume(middle)
+    again.train(Record())
+    ends = [load_trainer(tmp_path / run / "last") for run in ("whole", "again")]
+    assert ends[0].values == ends[1].values
+    assert all(value.equal(ends[1].tensors[key]) for key, value in ends[0].tensors.items())
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -235,6 +259,40 @@ def test_a_policy_that_moves_too_far_ends_the_run_and_keeps_the_last_checkpoint(
         loop.train(Record())
     kept = read_tensors(tmp_path / "run" / "last" / "policy.safetensors")
     assert all(bool(value.isfinite().all()) for value in kept.values())
+
+
+def test_the_last_step_of_an_update_is_looked_at_as_well(make_loop):
+    options = {"epochs": 1, "batch_size": 10**6, "critic_warmup": 0}
+    with pytest.raises(FinetuneError, match=r"moved the policy by a KL of .* \(train\.max_kl=0\.5\)"):
+        make_loop("ppo", lr=10.0, target_kl=0.1, max_kl=0.5, **options).train(Record())
+    log = Record()
+    make_loop("ppo", **options).train(log)
+    assert all(row["train/minibatches"] == 1 and row["train/kl"] > 0 for _, row in log.rows)
+
+
+def test_augmentation_is_no_step_of_the_policy(seeing_aim):
+    """Log-ratios to what was seen without it would end every update before it has begun."""
+    task, make_policy = seeing_aim
+    policy = make_policy()
+    algorithm = FPO(policy, pairs=2, train_encoder=True)
+    forward = policy.encoder.forward
+    # What augments in training mode; all that is seen is another picture.
+    policy.encoder.forward = lambda obs: forward(
+        {key: 255 - value if policy.encoder.training else value for key, value in obs.items()}
+    )
+    config = OnPolicyConfig(**{**SHORT, "env_steps": 96, "critic_warmup": 0, "target_kl": 1e-9, "lr": 1e-12})
+    log = Record()
+    with BACKENDS["gym"](task, 4, 1, workers=0, device="cpu") as env:
+        OnPolicy(algorithm, Critic(policy.encoder.feature_dim), env, config).train(log)
+    assert all(row["train/minibatches"] > 1 for _, row in log.rows)
+
+
+def test_an_iteration_of_which_nothing_is_left_is_refused(make_loop):
+    loop = make_loop("fpo")
+    rollout = loop.collect()
+    rollout.kept[:] = False
+    with pytest.raises(FinetuneError, match="the simulator lost the episode of every decision of an iteration"):
+        loop.update(rollout, critic_alone=True)
 
 
 def test_the_update_ends_where_the_target_is_passed(make_loop):
