@@ -7,8 +7,9 @@ set -e
 task=$1 policy=$2 seed=$3 base=runs/$1_medium_$2 run=runs/$1_medium_$2_$3
 shift 3
 export OMP_NUM_THREADS=1
+declare -A learnt=([hopper]=800000 [halfcheetah]=300000)
 if [ ! -e data/"$task" ]; then
-    RUN=runs/"$task"_medium benchmarks/runner.sh "$task" fpo 1 train.env_steps=800000
+    RUN=runs/"$task"_medium benchmarks/runner.sh "$task" fpo 1 train.env_steps="${learnt[$task]}"
     flowsteer data collect checkpoint=runs/"$task"_medium only_successful=false episodes=200 out=data/"$task"
 fi
 if [ ! -e "$base" ]; then

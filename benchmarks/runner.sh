@@ -5,12 +5,14 @@ set -e
 task=$1 algo=$2 seed=$3 run=${RUN:-runs/$1_$2_$3}
 shift 3
 export OMP_NUM_THREADS=1
+flow="policy=flow policy.network.hidden=64 policy.network.blocks=2 policy.steps=5 algo.perturbation=0.3 algo.surrogate=aspo train.target_kl=0.01 train.batch_size=256"
+gaussian="policy=gaussian policy.hidden=[128,128]"
 declare -A own=(
-    [fpo]="policy=flow policy.network.hidden=64 policy.network.blocks=2 policy.steps=5 algo.as_eps=true algo.perturbation=0.3 algo.surrogate=aspo train.target_kl=0.01 train.batch_size=256"
-    [ppo]="policy=gaussian policy.hidden=[128,128]"
+    [hopper fpo]="$flow algo.as_eps=true" [hopper ppo]="$gaussian"
+    [halfcheetah fpo]="$flow policy.prediction=x0 algo.clip=0.01" [halfcheetah ppo]="$gaussian"
 )
 # shellcheck disable=SC2086 # one option a word
-flowsteer finetune task="$task" algo="$algo" seed="$seed" out="$run" ${own[$algo]} \
+flowsteer finetune task="$task" algo="$algo" seed="$seed" out="$run" ${own[$task $algo]} \
     horizon.observation_steps=1 horizon.prediction_steps=4 horizon.execution_steps=4 train.gamma=0.97 \
     sim.num_envs=32 train.decisions=128 train.restart_every=8 train.env_steps=2000000 train.evaluate_every=10 \
     eval.episodes=20 "$@"

@@ -70,7 +70,8 @@ def _evaluation(folder: Path, name: str, stored: Mapping[str, Any]) -> Run:
         "evaluation": name,
         "policy": _family(policy),
         "steps": policy.get("steps"),
-        "seed": stored["seed"],
+        # A student's "seed" is the one that its demonstrations were split by.
+        "seed": stored.get("distill", stored)["seed"],
         "execution": result["execution"],
         "execution_options": result["execution_options"],
         "execution_steps": result["execution_steps"],

@@ -71,7 +71,7 @@ def _sync(config: DictConfig, policy: Policy, stored: Mapping[str, Any]) -> Exec
 def _rti(config: DictConfig, policy: Policy, stored: Mapping[str, Any]) -> Execution:
     denoising(policy)
     steps = policy.spec.execution_steps
-    options = {**stored.get(RTI, {}).get(steps, {}), **_given(config)}
+    options = {**_choice(config, stored, steps), **_given(config)}
     if not {"start", "steps"} <= options.keys():
         again = "" if config.horizon.execution_steps is None else f" horizon.execution_steps={steps}"
         raise UsageError(
@@ -81,9 +81,22 @@ def _rti(config: DictConfig, policy: Policy, stored: Mapping[str, Any]) -> Execu
     try:
         chosen = RtiOptions(**options)
     except TypeError as error:
-        where = f"{config.checkpoint}: '{RTI}' in its config.yaml"
-        raise PolicyError(f"{where} is damaged ({error}): make it again with flowsteer rti") from error
+        raise _damaged(config, error) from error
     return Execution(RTI, asdict(chosen), RealTimeIteration(policy, chosen))
+
+
+def _choice(config: DictConfig, stored: Mapping[str, Any], steps: int) -> Mapping[str, Any]:
+    """What the checkpoint's config holds for Ta = `steps`, if anything."""
+    choices = stored.get(RTI, {})
+    choice = choices.get(steps, {}) if isinstance(choices, Mapping) else None
+    if not isinstance(choice, Mapping):
+        raise _damaged(config, "not a table of options")
+    return choice
+
+
+def _damaged(config: DictConfig, why: object) -> PolicyError:
+    where = f"{config.checkpoint}: '{RTI}' in its config.yaml"
+    return PolicyError(f"{where} is damaged ({why}): make it again with flowsteer rti")
 
 
 def _given(config: DictConfig) -> dict[str, Any]:

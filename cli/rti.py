@@ -41,7 +41,7 @@ from flowsteer.sim.tasks.base import Task
 from flowsteer.sim.vec_env import VecEnv
 
 JUMP_MARGIN = 1.5
-"""A jump is so many times as large as every change between decisions that was seen without real-time iteration."""
+"""A jump is so many times as large as what changes between decisions usually are without real-time iteration."""
 SCORES = ("success", "max_reward")
 PRINTED = ("start", "steps", "renoise", *SCORES, "evaluations", "seam", "seam_share", "contraction")
 
@@ -56,7 +56,9 @@ def run(config: DictConfig, folder: Path) -> float:
             the checkpoint is then as it was.
     """
     checkpoint, device = _checkpoint(config), find_device(config.device)
-    policy, stored = load_policy(checkpoint, device, config.weights), read_config(checkpoint)
+    # What the name stands for may be another checkpoint by the time of the choice.
+    measured = resolve(checkpoint)
+    policy, stored = load_policy(measured, device, config.weights), read_config(measured)
     execute_steps(policy, config)
     if len(denoising(policy).grid) == 2:
         raise PolicyError(f"{checkpoint} takes one step as it is: real-time iteration has nothing to save")
@@ -79,7 +81,7 @@ def run(config: DictConfig, folder: Path) -> float:
             "take more episodes, or a policy that succeeds",
             stacklevel=2,
         )
-    write_choice(checkpoint, policy.spec.execution_steps, choice)
+    write_choice(measured, policy.spec.execution_steps, choice)
     print(
         f"chosen: start={chosen['start']:g} steps={chosen['steps']} renoise={str(chosen['renoise']).lower()}; "
         f"judge it with: flowsteer eval checkpoint={checkpoint} execution={RTI}{_again(config)}"
@@ -136,14 +138,14 @@ def _measure(
     reference = judge(policy, environments, SYNC, execution=Execution(SYNC, {}, recorder), **protocol)
     check_kept(reference)
     situations = recorder.situations()
-    jump = JUMP_MARGIN * recorder.largest_change if config.jump is None else config.jump
+    jump = JUMP_MARGIN * recorder.usual_change() if config.jump is None else config.jump
     own = {"start": None, "renoise": None, "steps": len(denoising(policy).grid) - 1}
     rows = [_row(reference, task, own, None)]
     for number, options in enumerate(candidates, 1):
         rti = RealTimeIteration(policy, replace(options, jump=jump))
         tried = f"start={options.start:g} steps={options.steps} renoise={str(options.renoise).lower()}"
         label = f"{number} of {len(candidates)}: {tried}"
-        result = judge(policy, environments, label, execution=Execution(RTI, asdict(options), rti), **protocol)
+        result = judge(policy, environments, label, execution=Execution(RTI, asdict(rti.options), rti), **protocol)
         check_kept(result)
         kept = None if situations is None else contraction(rti, situations).mean().item()
         rows.append(_row(result, task, {name: getattr(options, name) for name in ("start", "renoise", "steps")}, kept))

@@ -113,6 +113,8 @@ class DenoisingPolicy(Policy, ABC):
         self.target = pick(TARGET, prediction, "prediction")
         self.times = pick(TIMES, times, "times")
         self.solver = pick(SOLVERS, solver, "solver")
+        if eta and self.solver is not sample:
+            raise PolicyError(f"policy.solver={solver} is deterministic: set policy.eta=0, got {eta:g}")
         self.prediction, self.min_time, self.eta, self.clip = prediction, min_time, eta, clip
         self.fixed_steps: int | None = None
         self._settled: list[Features] | None = None

@@ -50,6 +50,17 @@ class Descent(NamedTuple):
     steps: Tensor
 
 
+class Condition(NamedTuple):
+    """What the network computes of time 0, the only one that it is asked at [1, ...], and of observations [B, ...]."""
+
+    time: Features
+    observation: Features
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Condition:
+        """With other rows of the observations."""
+        return Condition(self.time, tuple(map(change, self.observation)))
+
+
 def gradient_length(move: Tensor, change: Tensor) -> Tensor:
     """Length of a plain step, alpha |dE/dx|, as root mean square over the chunk [B]."""
     return rms(move)
@@ -179,16 +190,16 @@ class EnergyPolicy(Policy):
         near = slice(None, None, NEAR)
         t = torch.lerp(u.new_tensor(self.reach), torch.ones_like(u), u)
         t[near] = self.reach * u[near]
-        cond = self.network.embed_observation(features)
+        cond = self._condition(features)
         x = torch.lerp(action, eps, t[:, None, None])
-        x[near] = self._walk(x[near], tuple(part[near] for part in cond), sizes[near], noises[near])
+        x[near] = self._walk(x[near], cond.each(lambda part: part[near]), sizes[near], noises[near])
         x = x + self._warmth() * noises[:, -1]
         gradient, _ = self._gradient(x, cond, second_order=torch.is_grad_enabled())
         error = (self.step_size * gradient - self._wanted(x, action, eps)) / self.reach
         total = error.square().mean()
         return Loss(total, {"descent": total.detach()})
 
-    def _walk(self, x: Tensor, cond: Features, sizes: Tensor, noises: Tensor) -> Tensor:
+    def _walk(self, x: Tensor, cond: Condition, sizes: Tensor, noises: Tensor) -> Tensor:
         """Where all steps but the last lead from x [B, Tp, Da], and the look ahead from there."""
         v, alpha = torch.zeros_like(x), self.step_size.detach()
         for k in range(sizes.shape[1] - 1):
@@ -215,12 +226,11 @@ class EnergyPolicy(Policy):
         """Normalised chunks at rest [B, Tp, Da], gradient steps of each row [B]."""
         shape = (len(features), self.spec.prediction_steps, self.spec.action_dim)
         start = start_noise(noise, shape, generator, features.device)
-        cond = self.network.embed_observation(features)
         # Autograd takes no tensors of inference mode, but their copies.
         with torch.inference_mode(False):
-            return self._run(start.clone(), tuple(part.clone() for part in cond))
+            return self._run(start.clone(), self._condition(features.clone()))
 
-    def _run(self, x: Tensor, cond: Features) -> tuple[Tensor, Tensor]:
+    def _run(self, x: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
         a, steps = x.clone(), torch.zeros(len(x), dtype=torch.long, device=x.device)
         rows, v, before = torch.arange(len(x), device=x.device), torch.zeros_like(x), x.new_full((len(x),), math.inf)
         alpha = self.step_size.detach()
@@ -236,10 +246,15 @@ class EnergyPolicy(Policy):
                 break
             # Rows at rest cost nothing from here on, and stay as they are.
             x, v, before, rows = (part[moving] for part in (x, v, energy, rows))
-            cond = tuple(part[moving] for part in cond)
+            cond = cond.each(lambda part, moving=moving: part[moving])  # type: ignore[misc]
         return a, steps
 
-    def _gradient(self, x: Tensor, cond: Features, second_order: bool = False) -> tuple[Tensor, Tensor]:
+    def _condition(self, features: Tensor) -> Condition:
+        """Of features [B, To, F]."""
+        time = self.network.embed_time(features.new_zeros(1))
+        return Condition(time, self.network.embed_observation(features))
+
+    def _gradient(self, x: Tensor, cond: Condition, second_order: bool = False) -> tuple[Tensor, Tensor]:
         """dE/dx [B, Tp, Da] and E [B]; with `second_order` the gradient depends on the weights in its turn."""
         with torch.enable_grad(), _twice_differentiable(second_order):
             x = x.detach().requires_grad_()
@@ -247,17 +262,16 @@ class EnergyPolicy(Policy):
             (gradient,) = torch.autograd.grad(energy.sum(), x, create_graph=second_order)
         return gradient, energy.detach()
 
-    def _energy(self, x: Tensor, cond: Features) -> Tensor:
+    def _energy(self, x: Tensor, cond: Condition) -> Tensor:
         """E [B] of normalised chunks [B, Tp, Da]."""
-        f = self.network(x, self.network.embed_time(x.new_zeros(1)), cond)
-        energy: Tensor = (x * f.to(x.dtype)).sum((1, 2))
+        energy: Tensor = (x * self.network(x, *cond).to(x.dtype)).sum((1, 2))
         return energy
 
     def _depth(self, a: Tensor, features: Tensor) -> Tensor:
         """E [B] of normalised chunks [B, Tp, Da], less its mean over some noise."""
-        cond, count = self.network.embed_observation(features), len(self.references)
+        cond, count = self._condition(features), len(self.references)
         noise = self.references.repeat(len(a), 1, 1)
-        around = self._energy(noise, tuple(part.repeat_interleave(count, 0) for part in cond))
+        around = self._energy(noise, cond.each(lambda part: part.repeat_interleave(count, 0)))
         return self._energy(a, cond) - around.reshape(len(a), count).mean(1)
 
 

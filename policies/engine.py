@@ -2,7 +2,7 @@
 
 At batch 1 a CPU waits for the weights of each layer, so they are laid out for few rows (few_rows.py); the embeddings
 of the K times are computed beforehand. torch.compile sees the whole chunk at once, encoder, K steps and normaliser,
-fuses what is elementwise and plans the memory of all steps. Of a large network it sees a step, since compiling takes as
+and fuses what is elementwise. Of a large network it sees a step, since compiling takes as
 long as the program.
 """
 
@@ -43,6 +43,8 @@ DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "bfloat16": (torch.bfloat16,),
     "auto": (torch.float32, torch.bfloat16),
 }
+TRIALS = 4
+"""Inputs that an engine is compared with the policy on."""
 COLD, LEAST, MOST, ENOUGH_S = 3, 10, 300, 0.5
 """Chunks of a measurement: the first ones count for nothing, short ones are repeated for half a second."""
 LONGEST_PROGRAM = 700
@@ -186,7 +188,8 @@ def _plain(policy: Policy, dtype: torch.dtype) -> Form:
 
 def _products(policy: Policy, dtype: torch.dtype) -> Form:
     changed = copy.deepcopy(policy)
-    with_products(changed)
+    if not with_products(changed):
+        raise PolicyError("no layer is a short convolution, so this is the plain form")
     return changed, dtype
 
 
@@ -266,8 +269,12 @@ class _Trial:
     def __init__(self, policy: Policy, batch: int) -> None:
         self.device, self._scale = device_of(policy), policy.normalizer.scale(ACTION)
         generator = torch.Generator().manual_seed(0)
-        self._inputs = (likely_observations(policy, batch, generator), *draw(policy, batch, None, generator))
-        self._expected = _eager(policy, torch.float32)(*self._inputs)
+        self._inputs = [
+            (likely_observations(policy, batch, generator), *draw(policy, batch, None, generator))
+            for _ in range(TRIALS)
+        ]
+        exact = _eager(policy, torch.float32)
+        self._expected = [exact(*inputs) for inputs in self._inputs]
         self.working: dict[Candidate, tuple[Policy, Run]] = {}
 
     def measure(self, candidate: Candidate, form: Callable[[], Form], make: Maker, tolerance: float) -> Candidate:
@@ -276,7 +283,7 @@ class _Trial:
             with _threads(candidate.threads):
                 policy, dtype = form()
                 run = make(policy, dtype)
-                error = (run(*self._inputs) - self._expected).mul(self._scale).abs().max().item()
+                error = max(map(partial(self._error, run), self._inputs, self._expected))
                 if not error <= tolerance:
                     refused = f"its error of {error:.2g} is above the tolerance of {tolerance:g}"
                     return replace(candidate, error=error, refused=refused)
@@ -288,9 +295,12 @@ class _Trial:
         self.working[measured] = policy, run
         return measured
 
+    def _error(self, run: Run, inputs: tuple[dict[str, Tensor], Tensor, Tensor], expected: Tensor) -> float:
+        return (run(*inputs) - expected).mul(self._scale).abs().max().item()
+
     def _chunk_ms(self, run: Run) -> float:
         """The least milliseconds of a chunk."""
-        chunk = partial(run, *self._inputs)
+        chunk = partial(run, *self._inputs[0])
         cold = [timed(chunk, self.device)[1] for _ in range(COLD)]
         repeats = min(MOST, max(LEAST, int(ENOUGH_S / cold[-1])))
         return 1e3 * fastest_s(chunk, self.device, repeats)

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from flowsteer.policies.denoising import DenoisingPolicy
 from flowsteer.policies.errors import PolicyError
 from flowsteer.policies.freezing import draw, frozen_copy, likely_observations
 from flowsteer.policies.policy import ACTION, Policy
@@ -56,6 +57,8 @@ def export_onnx(policy: Policy, file: Path, batch: int = 1, steps: int | None = 
             f"{type(frozen).__name__} takes gradients, for which ONNX has no operator: "
             "export a diffusion or flow policy"
         )
+    if isinstance(frozen, DenoisingPolicy):
+        frozen.freeze_times()
     taken = {NOISE, STEP_NOISE, ACTION} & set(frozen.spec.observations)
     if taken:
         raise PolicyError(f"observation '{min(taken)}' has the name of another input or output of the file: rename it")

@@ -23,7 +23,7 @@ from torch import Tensor
 from flowsteer.policies.denoising import DenoisingPolicy
 from flowsteer.policies.errors import PolicyError
 from flowsteer.policies.policy import ACTION, Observation, Policy
-from flowsteer.policies.samplers import Generators, randn, uniform_grid
+from flowsteer.policies.samplers import Generators, start_noise, uniform_grid
 
 NOTHING = -1
 """The age of a row without a previous chunk."""
@@ -99,7 +99,7 @@ class RealTimeIteration:
         if distilled is not None and (distilled, options.steps) != (1, 1):
             raise PolicyError(
                 f"rti.steps={options.steps}: this policy was distilled to {distilled}, between whose times it has not "
-                "learnt to jump: iterate its teacher, or one distilled to steps=1 with rti.steps=1"
+                "learnt to jump: iterate its teacher, or one distilled by loss=consistency to steps=1 with rti.steps=1"
             )
         if options.jump and all(array.dtype == "uint8" for array in self.spec.observations.values()):
             raise PolicyError(f"rti.jump={options.jump:g}: the policy observes images only, set rti.jump=0")
@@ -116,7 +116,8 @@ class RealTimeIteration:
             self._chunks, self._seen = torch.zeros(0, *chunk, device=device), torch.zeros(0, numbers, device=device)
             self._age = torch.zeros(0, dtype=torch.int64)
         else:
-            self._age[[row for row in rows if row < len(self._age)]] = NOTHING
+            named = _checked_rows(torch.tensor(list(rows), dtype=torch.int64))
+            self._age[named[named < len(self._age)]] = NOTHING
 
     @torch.no_grad()
     def decide(
@@ -141,11 +142,12 @@ class RealTimeIteration:
             generator: one for the batch or one per row.
 
         Raises:
-            PolicyError: batch sizes differ, `executed` is negative, or a last chunk was not finite.
+            PolicyError: batch sizes differ, `executed` or a row is negative, a row is named twice, or a last chunk was
+                not finite.
         """
         seen = observed_numbers(self.policy, obs)
         _check_batch(len(seen), executed=executed, rows=rows, noise=noise)
-        rows = torch.arange(len(seen)) if rows is None else rows.cpu()
+        rows = torch.arange(len(seen)) if rows is None else _checked_rows(rows.cpu())
         self._make_room(rows)
         stale = self._stale(rows, executed.cpu(), seen)
         chunks = torch.empty(len(seen), *self._chunks.shape[1:], device=seen.device)
@@ -212,7 +214,7 @@ class RealTimeIteration:
         """Chunks [B, Tp, Da] from guesses [B, Tp, Da], both in network units; other arguments as `decide`."""
         policy, x = self.policy, guess
         if self.options.renoise:
-            eps = randn(guess.shape, generator, guess.device) if noise is None else noise
+            eps = start_noise(noise, guess.shape, generator, guess.device)
             x = policy.path.noisy(guess, eps, self._grid[0])
         denoise = policy.denoise_on(self._grid, policy.encode(obs), self._times)
         return policy.solver(policy.path, denoise, x, self._grid, policy.eta, generator)
@@ -278,6 +280,12 @@ def denoising(policy: Policy) -> DenoisingPolicy:
             "denoise: use policy=diffusion or policy=flow"
         )
     return policy
+
+
+def _checked_rows(rows: Tensor) -> Tensor:
+    if len(rows) and (int(rows.min()) < 0 or len(set(rows.tolist())) < len(rows)):
+        raise PolicyError(f"rows must be different and not negative, got {rows.tolist()}")
+    return rows
 
 
 def _check_batch(batch: int, *, executed: Tensor, rows: Tensor | None = None, noise: Tensor | None = None) -> None:

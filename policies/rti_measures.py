@@ -11,6 +11,9 @@ from torch import Tensor
 from flowsteer.policies.policy import Observation, Policy
 from flowsteer.policies.rti import RealTimeIteration, RtiOptions, denoising, observed_numbers
 
+USUAL = 0.99
+"""Of the changes between decisions that were seen: what is larger is not usual, an angle that wraps around, say."""
+
 
 class Situations(NamedTuple):
     """Where a policy decided: what it observed {key: [N, To, ...]}, its last chunks before [N, Tp, Da] in physical
@@ -27,16 +30,14 @@ class Recorder:
 
     Args:
         policy: one that denoises.
-
-    Attributes:
-        largest_change: of an observed number from one decision to the next, in normalised units.
     """
 
     def __init__(self, policy: Policy) -> None:
         grid = denoising(policy).grid
         every_time = RtiOptions(grid[0].item(), len(grid) - 1, refresh_every=1, binarise=False)
-        self._rti, self.largest_change = RealTimeIteration(policy, every_time), 0.0
+        self._rti = RealTimeIteration(policy, every_time)
         self._kept: list[Situations] = []
+        self._changes: list[Tensor] = []
 
     def decide(
         self, obs: Observation, *, executed: Tensor, rows: Tensor, generator: Sequence[torch.Generator]
@@ -45,13 +46,17 @@ class Recorder:
         last = self._rti.last(rows)
         going = (last.known & (executed > 0)).nonzero().flatten()
         if len(going):
-            change = (observed_numbers(self._rti.policy, obs) - last.seen)[going].abs()
-            self.largest_change = max(self.largest_change, *change.flatten().tolist(), 0.0)
+            change = (observed_numbers(self._rti.policy, obs) - last.seen)[going]
+            self._changes.append(change.abs().amax(dim=1) if change.shape[1] else change.new_zeros(len(change)))
             # Another row each time, so that all of them are seen at all stages of their episodes.
             one = going[[len(self._kept) % len(going)]]
             some = {key: value[one.to(value.device)] for key, value in obs.items()}
             self._kept.append(Situations(some, last.chunks[one], executed[one]))
         return self._rti.decide(obs, executed=executed, rows=rows, generator=generator)
+
+    def usual_change(self) -> float:
+        """What an observed number mostly changes by less than from one decision to the next, in normalised units."""
+        return torch.cat(self._changes).quantile(USUAL).item() if self._changes else 0.0
 
     def situations(self) -> Situations | None:
         """Those kept, in order; None where no episode had a second decision."""

@@ -245,7 +245,7 @@ class Update:
 
     def _kl(self, log_ratio: Tensor) -> float:
         """How far the policy has moved, by the rows of all processes."""
-        kl = self.processes.total(kl_estimate(log_ratio).item()) / self.processes.count
+        kl: float = self.processes.total(kl_estimate(log_ratio).item()) / self.processes.count
         if not kl <= self.config.max_kl:
             raise FinetuneError(
                 f"a minibatch moved the policy by a KL of {kl:.3g} (train.max_kl={self.config.max_kl:g}): lower "

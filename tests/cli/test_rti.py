@@ -176,6 +176,10 @@ def test_a_damaged_choice_is_named(copied: Path, capsys: pytest.CaptureFixture[s
     told = error_of(capsys, "eval", f"checkpoint={copied}", "execution=rti", code=1)
     assert told.startswith(f"{copied}: 'rti' in its config.yaml is damaged (")
     assert "'hurry'" in told
+    for broken in ([0.5], {8: None}):
+        file.write_text(yaml.safe_dump({**stored(copied), "rti": broken}))
+        told = error_of(capsys, "eval", f"checkpoint={copied}", "execution=rti", code=1)
+        assert told.startswith(f"{copied}: 'rti' in its config.yaml is damaged (not a table of options)")
 
 
 @pytest.mark.parametrize(

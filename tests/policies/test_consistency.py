@@ -198,9 +198,11 @@ def test_there_is_no_denoising_loss(make_batch: Callable[..., Any]) -> None:
         consistency("linear", "velocity").loss(make_batch(4))
 
 
-@pytest.mark.parametrize("family", ["gaussian"])
+@pytest.mark.parametrize("family", ["gaussian", "ebt"])
 def test_a_family_that_has_no_steps_is_no_teacher(family: str, make_policy: Callable[..., Policy]) -> None:
-    with pytest.raises(PolicyError, match=r"^GaussianPolicy cannot be distilled: name a diffusion or flow policy"):
+    with pytest.raises(
+        PolicyError, match=r"^(Gaussian|Energy)Policy cannot be distilled: name a diffusion or flow policy"
+    ):
         make_teacher(make_policy(family))
 
 

@@ -1,3 +1,4 @@
+import copy
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -9,6 +10,7 @@ from torch import nn
 
 from flowsteer.datasets.key_statistics import KeyStatistics
 from flowsteer.policies import engine, few_rows
+from flowsteer.policies.consistency import ConsistencyPolicy
 from flowsteer.policies.denoising import DiffusionPolicy, FlowPolicy
 from flowsteer.policies.ebt import EnergyPolicy
 from flowsteer.policies.encoders.cameras import Cameras
@@ -21,6 +23,7 @@ from flowsteer.policies.gaussian import GaussianPolicy
 from flowsteer.policies.networks.residual_mlp import ResidualMLP
 from flowsteer.policies.networks.staged import StagedNetwork
 from flowsteer.policies.networks.unet1d import ConditionalUnet1d
+from flowsteer.policies.paths import LinearPath
 from flowsteer.policies.short_convolutions import Windows
 from flowsteer.policies.spec import ArraySpec, PolicySpec
 
@@ -34,6 +37,9 @@ FAMILIES = {
     "flow_sde": partial(FlowPolicy, encoder=LowDim, network=MLP, steps=2, eta=0.5, relative_to="finger"),
     "staged": partial(FlowPolicy, encoder=LowDim, network=partial(StagedNetwork, network=MLP, switch=0.5), steps=3),
     "heun": partial(FlowPolicy, encoder=LowDim, network=MLP, steps=3, solver="heun"),
+    "consistency": partial(
+        ConsistencyPolicy, encoder=LowDim, network=MLP, path=LinearPath(), prediction="velocity", min_time=1e-3, steps=2
+    ),
     "ebt": partial(EnergyPolicy, encoder=LowDim, network=MLP, max_steps=3),
     "gaussian": partial(GaussianPolicy, encoder=LowDim, hidden=(16,), temperature=1.0),
 }
@@ -84,7 +90,13 @@ def test_an_eager_engine_is_the_policy(family):
 
 @pytest.mark.parametrize(
     ("family", "sizes", "form"),
-    [("ddpm", [2], "packed"), ("flow_sde", [2], "plain"), ("staged", [1], "packed"), ("gaussian", [2, 1], "plain")],
+    [
+        ("ddpm", [2], "packed"),
+        ("flow_sde", [2], "plain"),
+        ("staged", [1], "packed"),
+        ("consistency", [1], "packed"),
+        ("gaussian", [2, 1], "plain"),
+    ],
 )
 def test_compiled_engines_are_the_policy_within_their_tolerance(family, sizes, form, quick_compiler, monkeypatch):
     monkeypatch.setattr(engine, "FORMS", {form: engine.FORMS[form]})
@@ -176,12 +188,17 @@ def test_packed_weights_are_all_that_is_rounded(monkeypatch):
 def test_only_what_denoises_has_packed_weights():
     act = compile_act(fitted(FAMILIES["gaussian"]), engine="eager")
     assert act.candidates[0].form == "packed"
-    assert act.candidates[0].refused == "GaussianPolicy does not denoise"
+    refused = {candidate.form: candidate.refused for candidate in act.candidates}
+    assert refused == {
+        "packed": "GaussianPolicy does not denoise",
+        "products": "no layer is a short convolution, so this is the plain form",
+        "plain": None,
+    }
 
 
 def test_a_form_that_errs_or_fails_leaves_the_others(monkeypatch):
     def wrong(policy, dtype):
-        changed, dtype = engine.FORMS["products"](policy, dtype)
+        changed = copy.deepcopy(policy)
         changed.network.output.bias += 1
         return changed, dtype
 
@@ -204,12 +221,12 @@ def test_a_form_that_does_not_compile_is_compiled_in_another(monkeypatch):
         return engine._eager(policy, dtype)
 
     monkeypatch.setattr(engine, "_compiled", compiled)
-    monkeypatch.setattr(engine, "_best_first", lambda measured: [c for c in measured if c.threads == 1])
+    monkeypatch.setattr(engine, "_best_first", lambda measured: [c for c in measured if c.threads == 1 and not c.refused])
     act = compile_act(fitted(FAMILIES["flow"]), engine="compiled")
-    assert act.chosen.form == "products"
+    assert act.chosen.form == "plain"
     assert [(c.form, c.refused) for c in act.candidates if c.name == "compiled"] == [
         ("packed", "RuntimeError: not this one"),
-        ("products", None),
+        ("plain", None),
     ]
 
 
@@ -246,7 +263,7 @@ def test_the_fastest_of_what_was_measured_is_taken(monkeypatch):
     act = fitted(FAMILIES["flow"]).compile_act(dtype="auto")
     assert act.chosen.name == "eager"
     assert {(c.name, c.dtype) for c in act.candidates} == set(product(("eager", "compiled"), ("float32", "bfloat16")))
-    assert act.chosen.chunk_ms == min(c.chunk_ms for c in act.candidates)
+    assert act.chosen.chunk_ms == min(c.chunk_ms for c in act.candidates if not c.refused)
 
 
 def test_from_images_and_in_bfloat16():

@@ -15,6 +15,7 @@ from flowsteer.policies.encoders.resnet import ResNet18
 from flowsteer.policies.errors import PolicyError
 from flowsteer.policies.gaussian import GaussianPolicy
 from flowsteer.policies.networks.residual_mlp import ResidualMLP
+from flowsteer.policies.networks.staged import StagedNetwork
 from flowsteer.policies.networks.transformer import DiffusionTransformer
 from flowsteer.policies.networks.unet1d import ConditionalUnet1d
 from flowsteer.policies.onnx_export import export_onnx
@@ -32,6 +33,7 @@ POLICIES = {
     "diffusion": partial(DiffusionPolicy, encoder=LowDim, network=MLP, steps=3),
     "flow_sde": partial(FlowPolicy, encoder=LowDim, network=MLP, steps=2, eta=0.5, relative_to="observation.finger"),
     "heun": partial(FlowPolicy, encoder=LowDim, network=MLP, steps=2, solver="heun"),
+    "staged": partial(FlowPolicy, encoder=LowDim, network=partial(StagedNetwork, network=MLP, switch=0.4), steps=2),
     "gaussian": partial(GaussianPolicy, encoder=LowDim, hidden=(16,), temperature=1.0),
     "unet": partial(FlowPolicy, encoder=LowDim, network=partial(ConditionalUnet1d, widths=(16, 32)), steps=1),
     "transformer": partial(

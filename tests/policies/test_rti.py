@@ -221,9 +221,10 @@ def test_the_grid_is_embedded_once(policy: DenoisingPolicy, monkeypatch: pytest.
     assert calls == [2, 10]
 
 
-def test_what_does_not_denoise_is_refused_by_name(make_policy: Make) -> None:
-    with pytest.raises(PolicyError, match=r"and GaussianPolicy does not denoise: use policy=diffusion or policy=flow"):
-        iterated(make_policy("gaussian"))
+@pytest.mark.parametrize(("family", "name"), [("gaussian", "GaussianPolicy"), ("ebt", "EnergyPolicy")])
+def test_what_does_not_denoise_is_refused_by_name(make_policy: Make, family: str, name: str) -> None:
+    with pytest.raises(PolicyError, match=rf"and {name} does not denoise: use policy=diffusion or policy=flow"):
+        iterated(make_policy(family))
 
 
 @pytest.mark.parametrize(
@@ -303,6 +304,13 @@ def test_batches_that_do_not_fit(make_policy: Make) -> None:
     rti = iterated(make_policy("flow"))
     with pytest.raises(PolicyError, match=r"rows must have 6 rows as the observations have, got \[2\]"):
         rti.decide(OBS, executed=ONE, rows=torch.tensor([0, 1]))
+    for wrong in (torch.zeros(6, 1, 2), torch.zeros(6, 8, 1)):
+        with pytest.raises(PolicyError, match=r"noise must have shape \[6, 8, 2\], got \[6, "):
+            rti.iterate(OBS, torch.zeros(6, 8, 2), ONE, noise=wrong)
+    with pytest.raises(PolicyError, match=r"rows must be different and not negative, got \[0, 1, 2, 3, 4, 4\]"):
+        rti.decide(OBS, executed=ONE, rows=torch.tensor([0, 1, 2, 3, 4, 4]))
+    with pytest.raises(PolicyError, match=r"rows must be different and not negative, got \[-1\]"):
+        rti.reset([-1])
     with pytest.raises(PolicyError, match=r"noise must have 6 rows as the observations have, got \[1, 8, 2\]"):
         rti.decide(OBS, executed=ONE, noise=torch.zeros(1, 8, 2))
     with pytest.raises(PolicyError, match=r"observation 'state' is missing; got \['stat'\]"):
@@ -333,7 +341,13 @@ def test_a_recorder_decides_as_the_policy(policy: DenoisingPolicy) -> None:
     assert torch.equal(kept.previous[0], first[0])
     assert kept.executed.tolist() == [3, 3]
     change = 0.1 * policy.normalizer.scale("state").abs().max().item()
-    assert recorder.largest_change == pytest.approx(change, rel=1e-3)
+    assert recorder.usual_change() == pytest.approx(change, rel=1e-3)
+    # Now and then an angle wraps around.
+    for wrapped in [False] * 60 + [True]:
+        for obs in (OBS, {"state": OBS["state"] + (9.0 if wrapped else 0.1)}):
+            recorder.decide(obs, executed=ONE, rows=rows, generator=generators(*range(6)))
+    assert recorder.usual_change() == pytest.approx(change, rel=1e-3)
+    assert Recorder(policy).usual_change() == 0
 
 
 def test_contraction_by_hand(make_policy: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from flowsteer.policies.denoising import DiffusionPolicy, FlowPolicy
+from flowsteer.policies.ebt import EnergyPolicy
 from flowsteer.policies.encoders.cameras import Cameras
 from flowsteer.policies.encoders.low_dim import LowDim
 from flowsteer.policies.encoders.vit import SmallViT
@@ -117,6 +118,7 @@ def policy_of(family, steps=4, seed=0, fresh=False, **options):
         "diffusion": partial(DiffusionPolicy, network=network, steps=steps),
         "flow": partial(FlowPolicy, network=network, steps=steps),
         "gaussian": partial(GaussianPolicy, hidden=(32,)),
+        "ebt": partial(EnergyPolicy, network=network),
     }
     policy = families[family](spec=SPEC, encoder=LowDim, **options)
     policy.fit_normalizer({"target": _limits(1.0, 2), "action": _limits(HIGH, 2)})

@@ -275,8 +275,7 @@ def test_log_probabilities_may_have_a_floor_and_limits_of_their_own(make_policy,
     assert algorithm._log_prob(gaussian, x).item() == pytest.approx((3 * at_mean - 1.0) / 4)
 
 
-def test_a_policy_without_denoise_is_refused(make_policy):
-    with pytest.raises(
-        FinetuneError, match=r"algo=dppo needs a policy that denoises .* class GaussianPolicy; algo=ppo takes"
-    ):
-        make(make_policy("gaussian"))
+@pytest.mark.parametrize(("family", "name"), [("gaussian", "GaussianPolicy"), ("ebt", "EnergyPolicy")])
+def test_a_policy_without_denoise_is_refused(make_policy, family, name):
+    with pytest.raises(FinetuneError, match=rf"algo=dppo needs a policy that denoises .* class {name}; algo=ppo takes"):
+        make(make_policy(family))

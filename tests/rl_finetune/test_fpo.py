@@ -126,6 +126,7 @@ def test_options_out_of_range_are_refused(make_policy, options, message):
     assert str(error.value) == message
 
 
-def test_a_policy_without_denoising_loss_is_refused(make_policy):
-    with pytest.raises(FinetuneError, match=r"algo=fpo needs a policy that denoises .* class GaussianPolicy"):
-        FPO(make_policy("gaussian"))
+@pytest.mark.parametrize(("family", "name"), [("gaussian", "GaussianPolicy"), ("ebt", "EnergyPolicy")])
+def test_a_policy_without_denoising_loss_is_refused(make_policy, family, name):
+    with pytest.raises(FinetuneError, match=rf"algo=fpo needs a policy that denoises .* class {name}"):
+        FPO(make_policy(family))
