@@ -221,7 +221,9 @@ def test_a_form_that_does_not_compile_is_compiled_in_another(monkeypatch):
         return engine._eager(policy, dtype)
 
     monkeypatch.setattr(engine, "_compiled", compiled)
-    monkeypatch.setattr(engine, "_best_first", lambda measured: [c for c in measured if c.threads == 1 and not c.refused])
+    monkeypatch.setattr(
+        engine, "_best_first", lambda measured: [c for c in measured if c.threads == 1 and not c.refused]
+    )
     act = compile_act(fitted(FAMILIES["flow"]), engine="compiled")
     assert act.chosen.form == "plain"
     assert [(c.form, c.refused) for c in act.candidates if c.name == "compiled"] == [
