@@ -159,10 +159,7 @@ class OnPolicy:
             "optimizer": pack_optimizer(update.optimizer, self.algorithm),
             "critic_optimizer": pack_optimizer(update.critic_optimizer, self.critic),
         }
-        # Safetensors refuses what shares memory: the policy is part of the algorithm twice.
-        tensors = {
-            f"{part}.{name}": value.detach().clone() for part, named in parts.items() for name, value in named.items()
-        }
+        tensors = {f"{part}.{name}": value.detach() for part, named in parts.items() for name, value in named.items()}
         values = {
             "progress": asdict(self.progress),
             "gradient_steps": update.gradient_steps,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -59,13 +59,14 @@ class Episodes:
         self._return = self._return + result.reward_sum
         self._success = self._success | result.info["success"]
         counts = result.ended & ~result.info["lost"]
-        self._ended.append(torch.stack([self._return, self._success.float()], 1)[counts])
+        self._ended.append(torch.stack([self._return, self._success, counts], 1))
         self._return = self._return * ~result.ended
         self._success = self._success & ~result.ended
 
     def numbers(self) -> dict[str, float]:
         """Means over the episodes that have ended since the last call; nothing where none has."""
-        ended, self._ended = torch.cat(self._ended), []
+        seen, self._ended = torch.cat(self._ended), []
+        ended = seen[seen[:, 2].bool()]
         if not len(ended):
             return {}
         return {"collect/return": ended[:, 0].mean().item(), "collect/success": ended[:, 1].mean().item()}
@@ -89,19 +90,18 @@ def collect(
         FinetuneError: an observation or reward is not finite; names the environment and the seed of its episode.
     """
     observed, final, memories, results = [], [], [], []
-    env_steps = 0
-    _check_finite(obs, env.seeds)
+    _check_finite(obs, lambda: env.seeds)
     for _ in range(decisions):
         explored = algorithm.explore(obs, generator)
         result = env.step_chunk(explored.actions)
-        _check_finite({"reward": result.reward_sum, **result.final_obs}, result.info["seed"].tolist())
-        _check_finite(result.obs, env.seeds)
+        seeds = result.info["seed"]
+        _check_finite({"reward": result.reward_sum, **result.final_obs}, seeds.tolist)
+        _check_finite(result.obs, lambda: env.seeds)
         observed.append(obs)
         final.append(result.final_obs)
         memories.append(explored.memory)
         results.append(result)
         episodes.add(result)
-        env_steps += int(result.info["env_steps"].sum())
         obs = result.obs
     rollout = Rollout(
         _stack(observed),
@@ -112,22 +112,24 @@ def collect(
         torch.stack([result.ended for result in results]),
         torch.stack([~result.info["lost"] for result in results]),
     )
-    return rollout, obs, env_steps
+    return rollout, obs, int(torch.stack([result.info["env_steps"] for result in results]).sum())
 
 
 def _stack(steps: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
 
 
-def _check_finite(arrays: Mapping[str, Tensor], seeds: Sequence[int]) -> None:
+def _check_finite(arrays: Mapping[str, Tensor], seeds: Callable[[], Sequence[int]]) -> None:
     """Of environments [N] with these episodes; what else loses an episode leaves no such number."""
-    for name, value in arrays.items():
-        # One sum instead of a mask of every element: it is not finite if any of them is not.
-        if value.dtype.is_floating_point and not bool(value.sum().isfinite()):
-            bad = ~value.reshape(len(value), -1).isfinite().all(1)
-            if bad.any():
-                i = int(bad.nonzero()[0])
-                raise FinetuneError(
-                    f"environment {i} gave a {name} that is not finite in the episode of seed {seeds[i]}: "
-                    "mend the task; the last checkpoint is kept"
-                )
+    numbers = {name: value for name, value in arrays.items() if value.dtype.is_floating_point}
+    # Sums instead of a mask of every element, and one question for all: they are not finite if any of them is not.
+    if not numbers or bool(torch.stack([value.sum() for value in numbers.values()]).isfinite().all()):
+        return
+    for name, value in numbers.items():
+        bad = ~value.reshape(len(value), -1).isfinite().all(1)
+        if bad.any():
+            i = int(bad.nonzero()[0])
+            raise FinetuneError(
+                f"environment {i} gave a {name} that is not finite in the episode of seed {seeds()[i]}: "
+                "mend the task; the last checkpoint is kept"
+            )
