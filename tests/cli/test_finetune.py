@@ -6,9 +6,11 @@ import pytest
 import torch
 import yaml
 
+from flowsteer.cli import finetuning
 from flowsteer.cli.main import main
 from flowsteer.policies.checkpoint import load_policy, read_tensors
 from flowsteer.policies.networks.staged import StagedNetwork
+from flowsteer.sim.errors import SimError
 
 SHORT = (
     "train.env_steps=300",
@@ -48,6 +50,19 @@ def tuned(short_episodes, trained, tmp_path_factory):
     options = ("algo.fine_tuned_steps=3", *SHORT, *judged)
     assert finetune(f"checkpoint={trained}", *options, f"out={folder}") == 0
     return folder
+
+
+@pytest.mark.parametrize(("options", "reward"), [((), "progress"), (("+learn_in.reward=coverage",), "coverage")])
+def test_it_learns_from_the_reward_that_the_task_suggests(trained, tmp_path, capsys, monkeypatch, options, reward):
+    seen = []
+
+    def stop(task, *args):
+        seen.append(task.reward)
+        raise SimError("seen")
+
+    monkeypatch.setattr(finetuning, "make_environments", stop)
+    assert refused(capsys, f"checkpoint={trained}", *SHORT, *options, f"out={tmp_path / 'run'}", code=1) == "seen"
+    assert seen == [reward]
 
 
 def test_a_run_leaves_what_the_documentation_promises(tuned: Path) -> None:
@@ -123,6 +138,16 @@ def test_bad_input_is_one_line_and_leaves_nothing(
             (f"checkpoint={trained}", "horizon.execution_steps=4"),
             2,
             "horizon.execution_steps is the checkpoint's, 8: l",
+        ),
+        (
+            (f"checkpoint={trained}", "task=pusht", "horizon.execution_steps=4"),
+            2,
+            "horizon.execution_steps is the checkpoint's, 8: l",
+        ),
+        (
+            (f"checkpoint={trained}", "eval.seed=100000000"),
+            2,
+            "eval.seed must be below 100000000, where the seeds to le",
         ),
         (
             (*HOPPER, "policy=flow", "algo=fpo", "exploration=learned"),

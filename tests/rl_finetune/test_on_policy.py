@@ -295,6 +295,20 @@ def test_an_iteration_of_which_nothing_is_left_is_refused(make_loop):
         loop.update(rollout, critic_alone=True)
 
 
+def test_a_weight_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(make_loop, tmp_path):
+    loop = make_loop("ppo", folder=tmp_path / "run", critic_warmup=0)
+    update = loop.update._update_critic
+
+    def spoil(sample):
+        next(loop.critic.parameters()).data.fill_(torch.nan)
+        return update(sample)
+
+    loop.update._update_critic = spoil
+    with pytest.raises(FinetuneError, match=r"a weight is not finite after the update: lower train.lr or train.critic"):
+        loop.train(Record())
+    assert load_trainer(tmp_path / "run" / "last").values["progress"]["env_steps"] == 0
+
+
 def test_the_update_ends_where_the_target_is_passed(make_loop):
     log = Record()
     make_loop("ppo", lr=0.03, target_kl=1e-6, max_kl=1e6).train(log)
@@ -391,6 +405,10 @@ def test_a_checkpoint_of_another_run_is_refused(make_loop, tmp_path):
     [
         ({"env_steps": 0}, "train.env_steps must be at least 1, got 0"),
         ({"lr": float("nan")}, "train.lr must be positive and finite, got nan"),
+        (
+            {"target_kl": 0.2, "max_kl": 0.1},
+            "train.target_kl=0.2, where an update ends, must not be above train.max_kl=0.1, where the run ends",
+        ),
         ({"critic_warmup": -1}, "train.critic_warmup must not be negative, got -1"),
         ({"gamma": 1.5}, "train.gamma must be in [0, 1], got 1.5"),
     ],
