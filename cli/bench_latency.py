@@ -22,10 +22,12 @@ from flowsteer.cli.bench import benchmark
 from flowsteer.cli.checks import check_filled, check_positive
 from flowsteer.cli.devices import find_device
 from flowsteer.cli.errors import unknown
+from flowsteer.cli.training import plain
 from flowsteer.configs.groups import DENOISERS, ENCODERS, POLICIES
 from flowsteer.datasets.key_statistics import KeyStatistics
 from flowsteer.datasets.progress import ProgressBar
 from flowsteer.policies.build import build
+from flowsteer.policies.consistency import make_student, student_config
 from flowsteer.policies.denoising import DenoisingPolicy
 from flowsteer.policies.engine import Engine, compile_act
 from flowsteer.policies.policy import ACTION
@@ -47,7 +49,8 @@ class LatencyBenchmark:
     """Which policies, with freshly made weights.
 
     Attributes:
-        policies, networks: names as in `flowsteer train`.
+        policies: "diffusion", "flow", or "consistency", a student of flow with at most four steps.
+        networks: names as in `flowsteer train`.
         network_options: of all these networks, e.g. +network_options.hidden=512.
         steps: K, denoising steps.
         engines: "eager" and "compiled", see `compile_act`.
@@ -70,7 +73,8 @@ class LatencyBenchmark:
     out: str | None = None
 
 
-DIFFUSERS = "diffusers"
+DIFFUSERS, POLICY = "diffusers", "policy.act"
+"""What engines are compared with: a loop over a scheduler of that package, or the policy itself where none fits."""
 Chunk = Callable[[Tensor], Tensor]
 """Starting noise [1, Tp, Da] -> actions [1, Ta, Da] in physical units, for the same observation each time."""
 
@@ -90,24 +94,25 @@ def measure(config: DictConfig) -> dict[str, Any]:
             weights[network] = sum(parameter.numel() for parameter in policy.network.parameters())
             facts = {"policy": family, "network": network, "steps": steps}
             floors = {dtype: steps * step_floor_ms(policy, gflops, size) for dtype, size in BYTES.items()}
-            rows += [{**facts, **row} for row in _contest(policy, LOOPS[family](policy, steps), floors, config)]
+            reference, loop = LOOPS[family]
+            rows += [{**facts, **row} for row in _contest(policy, reference, loop(policy, steps), floors, config)]
             bar.advance()
     facts = {"device": str(device), "repeats": config.repeats, "weights": weights, "matrix_product_gflops": gflops}
     return {"rows": rows, **facts}
 
 
 def _contest(
-    policy: DenoisingPolicy, loop: Chunk, floors: Mapping[str, float], config: DictConfig
+    policy: DenoisingPolicy, reference: str, loop: Chunk, floors: Mapping[str, float], config: DictConfig
 ) -> Iterator[dict[str, Any]]:
-    """A row for the plain loop and for each engine."""
+    """A row for the plain loop, called `reference`, and for each engine."""
     built, obs = engines(policy, config), _observation(policy)
-    contenders: dict[str, Chunk] = {DIFFUSERS: loop}
+    contenders: dict[str, Chunk] = {reference: loop}
     contenders.update((name, partial(_act, engine, obs)) for name, engine in built.items())
     times = {name: _quantiles(taken) for name, taken in _race(contenders, config.repeats, policy.grid.device).items()}
-    ways = {DIFFUSERS: {"dtype": "float32", "form": "plain", "threads": torch.get_num_threads()}}
-    ways |= {name: {key: getattr(engine.chosen, key) for key in ways[DIFFUSERS]} for name, engine in built.items()}
+    ways = {reference: {"dtype": "float32", "form": "plain", "threads": torch.get_num_threads()}}
+    ways |= {name: {key: getattr(engine.chosen, key) for key in ways[reference]} for name, engine in built.items()}
     for name, way in ways.items():
-        yield {"contender": name, **way, **_scores(name, times, floors[str(way["dtype"])])}
+        yield {"contender": name, **way, **_scores(times[name], times[reference], floors[str(way["dtype"])])}
 
 
 def make_policy(family: str, network: str, steps: int, options: Mapping[str, Any] | None = None) -> DenoisingPolicy:
@@ -121,9 +126,12 @@ def make_policy(family: str, network: str, steps: int, options: Mapping[str, Any
             raise unknown(f"option of {network}", option, [key for key in structured if not key.startswith("_")])
     parts = {"network": {**structured, **(options or {})}, "encoder": ENCODERS["low_dim"], "steps": steps, "clip": None}
     torch.manual_seed(0)
-    config = OmegaConf.merge(OmegaConf.structured(POLICIES[family]["policy"]), parts)
+    taught = "flow" if family == "consistency" else family
+    config = OmegaConf.merge(OmegaConf.structured(POLICIES[taught]["policy"]), parts)
     assert isinstance(config, DictConfig)
     policy: DenoisingPolicy = build(config, spec=SPEC)
+    if taught != family:
+        policy = make_student(policy, student_config(policy, plain(config), steps))
     for parameter in policy.network.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
@@ -192,7 +200,17 @@ def flow_loop(policy: DenoisingPolicy, steps: int) -> Chunk:
     return chunk
 
 
-LOOPS: dict[str, Callable[[DenoisingPolicy, int], Chunk]] = {"diffusion": diffusion_loop, "flow": flow_loop}
+def policy_loop(policy: DenoisingPolicy, steps: int) -> Chunk:
+    """The policy itself."""
+    obs = _observation(policy)
+    return lambda x: policy.act(obs, noise=x)
+
+
+LOOPS: dict[str, tuple[str, Callable[[DenoisingPolicy, int], Chunk]]] = {
+    "diffusion": (DIFFUSERS, diffusion_loop),
+    "flow": (DIFFUSERS, flow_loop),
+    "consistency": (POLICY, policy_loop),
+}
 
 
 def _network(policy: DenoisingPolicy, x: Tensor, t: Tensor, features: Tensor) -> Tensor:
@@ -238,11 +256,11 @@ def _quantiles(seconds: Iterable[float]) -> dict[str, float]:
     return {name: float(np.quantile(milliseconds, q)) for name, q in QUANTILES.items()}
 
 
-def _scores(name: str, times: dict[str, dict[str, float]], floor_ms: float) -> dict[str, float]:
+def _scores(times: Mapping[str, float], loop: Mapping[str, float], floor_ms: float) -> dict[str, float]:
     """Of one contender, beside the loop and the floor."""
-    p50 = times[name]["p50"]
-    of_others = {"x_loop": times[DIFFUSERS]["p50"] / p50, "floor_ms": floor_ms, "of_floor": floor_ms / p50}
-    return {**{f"{quantile}_ms": value for quantile, value in times[name].items()}, **of_others}
+    p50 = times["p50"]
+    of_others = {"x_loop": loop["p50"] / p50, "floor_ms": floor_ms, "of_floor": floor_ms / p50}
+    return {**{f"{quantile}_ms": value for quantile, value in times.items()}, **of_others}
 
 
 def matrix_product_gflops(device: torch.device, size: int = 1024) -> float:

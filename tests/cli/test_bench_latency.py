@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from flowsteer.cli.bench_latency import LOOPS, SPEC, LatencyBenchmark, _observation, engines, make_policy, step_floor_ms
 from flowsteer.cli.main import main
 from flowsteer.configs.groups import DENOISERS
+from flowsteer.policies.consistency import ConsistencyPolicy
 
 EAGER = OmegaConf.structured(LatencyBenchmark(engines=["eager"]))
 
@@ -27,7 +28,7 @@ def test_both_contenders_make_the_same_chunk(family: str, network: str, steps: i
     chunk = act(_observation(policy), noise=noise)
     noise_there = noise[:, SPEC.executed]
     assert (chunk - noise_there).abs().max() > 0.1
-    torch.testing.assert_close(chunk, LOOPS[family](policy, steps)(noise), atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(chunk, LOOPS[family][1](policy, steps)(noise), atol=2e-4, rtol=1e-3)
 
 
 def test_a_row_for_every_combination(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,6 +51,16 @@ def test_a_row_for_every_combination(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert engine["of_floor"] == pytest.approx(engine["floor_ms"] / engine["p50_ms"])
     table = capsys.readouterr().out
     assert all(column in table for column in ("p50 ms", "x loop", "of floor"))
+
+
+def test_of_students_there_is_no_scheduler(tmp_path: Path) -> None:
+    options = ["policies=[consistency]", "networks=[mlp]", "steps=[1]", "engines=[eager]", "repeats=3"]
+    options += ["+network_options.hidden=32", "+network_options.blocks=1"]
+    assert main(["bench", "latency", *options, "device=cpu", f"out={tmp_path}"]) == 0
+    rows = json.loads((tmp_path / "latency.json").read_text())["rows"]
+    assert [row["contender"] for row in rows] == ["policy.act", "eager"]
+    assert rows[0]["x_loop"] == 1
+    assert type(make_policy("consistency", "mlp", 1)) is ConsistencyPolicy
 
 
 def test_the_floor_counts_the_products_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
