@@ -116,10 +116,13 @@ class OnPolicy:
                 log.log(progress.env_steps, {**self.episodes.numbers(), **numbers, **times})
                 if self._due(config.evaluate_every):
                     self._evaluate(evaluate, log)
-                if self._due(config.save_every) or self._best_unsaved:
-                    self.save()
-                elif progress.iteration % config.restart_every == 0:
+                saving = self._due(config.save_every) or self._best_unsaved
+                # What runs in a simulator is in no checkpoint: so that resuming is exact, episodes end at one.
+                if saving or progress.iteration % config.restart_every == 0:
                     self._restart()
+                if saving:
+                    self.save()
+            self._restart()
             self.save()
         return progress.env_steps >= config.env_steps
 
@@ -138,9 +141,8 @@ class OnPolicy:
         return rollout
 
     def save(self) -> None:
-        """Write `folder/checkpoints/ENV_STEPS`, from which new episodes start, here as in a resumed run."""
+        """Write `folder/checkpoints/ENV_STEPS`."""
         progress, folder = self.progress, self.folder
-        self._restart()
         if folder is not None and self.processes.rank == 0:
             target = folder / "checkpoints" / f"{progress.env_steps:09d}"
             if self._saved != progress.env_steps:
