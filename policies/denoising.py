@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Callable, Mapping
-from typing import final
+from functools import partial
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -23,7 +24,16 @@ from flowsteer.policies.paths import (
     linear_betas,
 )
 from flowsteer.policies.policy import ACTION, Draws, Loss, Policy
-from flowsteer.policies.samplers import Generators, Sampler, dpm_solver_2m, heun, sample, start_noise, uniform_grid
+from flowsteer.policies.samplers import (
+    Generators,
+    Sampler,
+    coefficients,
+    dpm_solver_2m,
+    heun,
+    sample,
+    start_noise,
+    uniform_grid,
+)
 from flowsteer.policies.spec import PolicySpec
 
 SOLVERS: dict[str, Sampler] = {"transition": sample, "heun": heun, "dpm_solver_2m": dpm_solver_2m}
@@ -51,6 +61,14 @@ TIMES: dict[str, Callable[[Tensor], Tensor]] = {
     "logit_normal": logit_normal_times,
     "noisy": noisy_times,
 }
+
+
+class Settled(NamedTuple):
+    """What is known of a time of the grid once the weights are: its features, and a_hat = of_x x_t + of_out out."""
+
+    time: Features
+    of_x: Tensor
+    of_out: Tensor
 
 
 class DenoisingPolicy(Policy, ABC):
@@ -117,7 +135,8 @@ class DenoisingPolicy(Policy, ABC):
             raise PolicyError(f"policy.solver={solver} is deterministic: set policy.eta=0, got {eta:g}")
         self.prediction, self.min_time, self.eta, self.clip = prediction, min_time, eta, clip
         self.fixed_steps: int | None = None
-        self._settled: list[Features] | None = None
+        self._settled: list[Settled] | None = None
+        self._coefficients: tuple[Tensor, Tensor, Tensor] | None = None
         self.register_buffer("grid", uniform_grid(steps, start), persistent=False)
         self.check_grid(self.grid)
 
@@ -143,14 +162,21 @@ class DenoisingPolicy(Policy, ABC):
             )
         grid = uniform_grid(steps, self.grid[0].item()).to(self.grid.device)
         self.check_grid(grid)
-        self.grid, self._settled = grid, None
+        self.grid, self._settled, self._coefficients = grid, None, None
 
     @final
     @torch.no_grad()
     def freeze_times(self) -> None:
-        """Embed the times of the grid once for all chunks; for weights that stay as they are."""
-        times = self.embed_grid(self.grid)
-        self._settled = [self.network.settle(_at(times, k)) for k in range(len(self.grid) - 1)]
+        """Compute what depends on the grid alone once for all chunks; for weights and options that stay as they are."""
+        times, (one, zero) = self.embed_grid(self.grid), self.grid.new_tensor([[[[1.0]]], [[[0.0]]]])
+
+        def settle(k: int) -> Settled:
+            of = (self.to_clean(self.path, x, out, self.grid[k]).reshape(()) for x, out in ((one, zero), (zero, one)))
+            return Settled(self.network.settle(_at(times, k)), *of)
+
+        self._settled = [settle(k) for k in range(len(self.grid) - 1)]
+        if self.solver is sample:
+            self._coefficients = coefficients(self.path, self.grid[:-1], self.grid[1:], self.eta)
 
     @final
     def check_grid(self, grid: Tensor, options: str = "policy") -> None:
@@ -234,16 +260,23 @@ class DenoisingPolicy(Policy, ABC):
         shape = (len(features), self.spec.prediction_steps, self.spec.action_dim)
         start = start_noise(noise, shape, generator, features.device)
         denoise = self._denoise_on_grid(self.network.embed_observation(features))
-        return self.solver(self.path, denoise, start, self.grid, self.eta, generator)
+        known = self._coefficients
+        solver = self.solver if known is None else partial(sample, known=known)
+        return solver(self.path, denoise, start, self.grid, self.eta, generator)
 
     def _denoise_on_grid(self, cond: Features) -> Callable[[Tensor, int], Tensor]:
         settled = self._settled
         if settled is None:
             return self.denoise_on(self.grid, cond)
-        return lambda x_t, k: self._a_hat(x_t, self.grid[k], settled[k], cond)
+        return lambda x_t, k: self._settled_a_hat(x_t, settled[k], cond)
 
     def _a_hat(self, x_t: Tensor, t: Tensor, time: Features, cond: Features) -> Tensor:
-        a_hat = self.to_clean(self.path, x_t, self.network(x_t, time, cond), t)
+        return self._clipped(self.to_clean(self.path, x_t, self.network(x_t, time, cond), t))
+
+    def _settled_a_hat(self, x_t: Tensor, settled: Settled, cond: Features) -> Tensor:
+        return self._clipped(settled.of_x * x_t + settled.of_out * self.network(x_t, settled.time, cond))
+
+    def _clipped(self, a_hat: Tensor) -> Tensor:
         return a_hat if self.clip is None else a_hat.clamp(-self.clip, self.clip)
 
 

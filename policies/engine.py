@@ -1,9 +1,9 @@
 """`act` for one batch size, as fast as this machine allows: what is fastest is measured when it is built, not assumed.
 
 At batch 1 a CPU waits for the weights of each layer, so they are laid out for few rows (few_rows.py); the embeddings
-of the K times are computed beforehand. torch.compile sees the whole chunk at once, encoder, K steps and normaliser,
-and fuses what is elementwise. Of a large network it sees a step, since compiling takes as
-long as the program.
+of the K times and the sampler's coefficients are computed beforehand. torch.compile sees the whole chunk at once,
+encoder, K steps and normaliser, and fuses what is elementwise. Of a large network it sees a step, since compiling takes
+as long as the program.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ def _compiled(policy: Policy, dtype: torch.dtype) -> Run:
     if not isinstance(policy, DenoisingPolicy) or _length(policy) <= LONGEST_PROGRAM:
         return _program(_eager(policy, dtype), policy)
     policy = copy.copy(policy)
-    for method in ("features", "_a_hat"):
+    for method in ("features", "_settled_a_hat"):
         setattr(policy, method, _program(getattr(policy, method), policy))
     return _eager(policy, dtype)
 

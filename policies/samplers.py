@@ -121,10 +121,19 @@ def transition(path: Path, x_t: Tensor, a_hat: Tensor, t: Tensor, s: Tensor, eta
 
 
 def chain(
-    path: Path, denoise: Denoise, x: Tensor, grid: Tensor, eta: float, generator: Generators = None
+    path: Path,
+    denoise: Denoise,
+    x: Tensor,
+    grid: Tensor,
+    eta: float,
+    generator: Generators = None,
+    known: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Iterator[tuple[Gaussian, Tensor]]:
-    """Yield (distribution, sample) of each transition along `grid`; the last sample is the clean chunk."""
-    c_a, c_x, std = coefficients(path, grid[:-1], grid[1:], eta)
+    """Yield (distribution, sample) of each transition along `grid`; the last sample is the clean chunk.
+
+    `known` are the `coefficients` of its steps, if they have been computed beforehand.
+    """
+    c_a, c_x, std = coefficients(path, grid[:-1], grid[1:], eta) if known is None else known
     for k in range(len(grid) - 1):
         step = Gaussian(c_a[k] * denoise(x, k) + c_x[k] * x, std[k])
         x = step.mean if eta == 0 else step.mean + step.std * randn(x.shape, generator, x.device)
@@ -135,9 +144,17 @@ Sampler = Callable[[Path, Denoise, Tensor, Tensor, float, Generators], Tensor]
 """path, denoise, x at grid[0] [B, Tp, Da], grid [K + 1], eta, generator -> clean chunk [B, Tp, Da]."""
 
 
-def sample(path: Path, denoise: Denoise, x: Tensor, grid: Tensor, eta: float, generator: Generators = None) -> Tensor:
-    """Run the transitions of the whole grid."""
-    for _, sampled in chain(path, denoise, x, grid, eta, generator):
+def sample(
+    path: Path,
+    denoise: Denoise,
+    x: Tensor,
+    grid: Tensor,
+    eta: float,
+    generator: Generators = None,
+    known: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Run the transitions of the whole grid, see `chain`."""
+    for _, sampled in chain(path, denoise, x, grid, eta, generator, known):
         x = sampled
     return x
 

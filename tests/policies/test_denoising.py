@@ -89,3 +89,33 @@ def test_a_grid_below_the_times_of_training_is_refused() -> None:
 def test_every_knot_of_the_schedule_may_be_a_step(train_steps: int) -> None:
     assert len(make(DiffusionPolicy, steps=train_steps, train_steps=train_steps).grid) == train_steps + 1
     assert len(make(FlowPolicy, steps=1000).grid) == 1001
+
+
+@pytest.mark.parametrize("family", [DiffusionPolicy, FlowPolicy])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("prediction", ["x0", "v"])
+def test_what_is_frozen_asks_its_path_nothing_and_samples_as_before(
+    family: type[DiffusionPolicy] | type[FlowPolicy], eta: float, prediction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, other = (make(family, eta=eta, steps=4, prediction=prediction, start=0.9) for _ in range(2))
+    for network in (policy.network, other.network):
+        torch.nn.init.normal_(network.output.weight, generator=torch.Generator().manual_seed(0))
+    policy.freeze_times()
+
+    def asked(*_: Any) -> None:
+        raise AssertionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(policy.path), "alpha", asked)
+        patch.setattr(type(policy.path), "sigma", asked)
+        frozen = policy.act(OBS, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(frozen, other.act(OBS, generator=torch.Generator().manual_seed(0)))
+    for each in (policy, other):
+        each.set_steps(3)
+    assert torch.equal(*(each.act(OBS, generator=torch.Generator().manual_seed(0)) for each in (policy, other)))
+
+
+@pytest.mark.parametrize("solver", ["heun", "dpm_solver_2m"])
+def test_a_deterministic_solver_is_refused_with_noise_when_it_is_built(solver: str) -> None:
+    with pytest.raises(PolicyError, match=rf"policy.solver={solver} is deterministic: set policy.eta=0, got 0.5"):
+        make(FlowPolicy, solver=solver, eta=0.5)

@@ -139,7 +139,7 @@ def test_a_long_chunk_is_compiled_step_by_step(monkeypatch, quick_compiler):
     monkeypatch.setattr(engine, "_program", lambda run, policy: programs.append(run.__name__) or make(run, policy))
     policy = fitted(FAMILIES["staged"])
     act = compile_act(policy, engine="compiled")
-    assert programs == ["features", "_a_hat"]
+    assert programs == ["features", "_settled_a_hat"]
     assert "features" not in vars(policy), "the policy itself stays as it is"
     with torch.compiler.set_stance("fail_on_recompile"):
         for seed in range(3):
