@@ -81,7 +81,8 @@ def plot_curves(groups: Mapping[str, Sequence[Run]], x: str, scores: Sequence[st
         if score != "return":
             axes.set_ylim(0, 1.02)
         axes.grid(alpha=0.3)
-        axes.legend(loc="lower right")
+        # Above the picture, where no curve is.
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize="small")
     save_figure(figure, file, dpi=110)
 
 
