@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ def test_a_resumed_log_drops_what_came_after_the_checkpoint(tmp_path: Path) -> N
             log.log(step, {"train/loss": float(step)})
     with (tmp_path / METRICS).open("a") as stream:
         stream.write('{"step": 35, "train/lo')
+    # TensorBoard reads files by their names, the second first; those of one second by a count whose 10 comes before 9.
+    time.sleep(1)
     with RunLog(tmp_path, 40, start=20) as log:
         log.log(30, {"train/loss": 7.0})
     assert [(row["step"], row["train/loss"]) for row in read_metrics(tmp_path / METRICS)] == [
