@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import NamedTuple, final
 
 import torch
@@ -25,10 +24,12 @@ from flowsteer.policies.paths import (
 )
 from flowsteer.policies.policy import ACTION, Draws, Loss, Policy
 from flowsteer.policies.samplers import (
+    Coefficients,
     Generators,
     Sampler,
     coefficients,
     dpm_solver_2m,
+    follow,
     heun,
     sample,
     start_noise,
@@ -136,7 +137,7 @@ class DenoisingPolicy(Policy, ABC):
         self.prediction, self.min_time, self.eta, self.clip = prediction, min_time, eta, clip
         self.fixed_steps: int | None = None
         self._settled: list[Settled] | None = None
-        self._coefficients: tuple[Tensor, Tensor, Tensor] | None = None
+        self._coefficients: Coefficients | None = None
         self.register_buffer("grid", uniform_grid(steps, start), persistent=False)
         self.check_grid(self.grid)
 
@@ -260,9 +261,9 @@ class DenoisingPolicy(Policy, ABC):
         shape = (len(features), self.spec.prediction_steps, self.spec.action_dim)
         start = start_noise(noise, shape, generator, features.device)
         denoise = self._denoise_on_grid(self.network.embed_observation(features))
-        known = self._coefficients
-        solver = self.solver if known is None else partial(sample, known=known)
-        return solver(self.path, denoise, start, self.grid, self.eta, generator)
+        if self._coefficients is not None:
+            return follow(self._coefficients, denoise, start, self.eta, generator)
+        return self.solver(self.path, denoise, start, self.grid, self.eta, generator)
 
     def _denoise_on_grid(self, cond: Features) -> Callable[[Tensor, int], Tensor]:
         settled = self._settled

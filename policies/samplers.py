@@ -93,7 +93,11 @@ def uniform_grid(steps: int, start: float = 1.0) -> Tensor:
     return (torch.linspace(start, 0.0, steps + 1, dtype=torch.float64)).float()
 
 
-def coefficients(path: Path, t: Tensor, s: Tensor, eta: float) -> tuple[Tensor, Tensor, Tensor]:
+Coefficients = tuple[Tensor, Tensor, Tensor]
+"""c_a, c_x, std, see `coefficients`."""
+
+
+def coefficients(path: Path, t: Tensor, s: Tensor, eta: float) -> Coefficients:
     """The step from times t to s < t, each a scalar or [N], as x_s ~ N(c_a a_hat + c_x x_t, std^2): c_a, c_x, std.
 
     var  = eta^2 sigma_s^2 (1 - (alpha_t sigma_s / (alpha_s sigma_t))^2)
@@ -121,20 +125,11 @@ def transition(path: Path, x_t: Tensor, a_hat: Tensor, t: Tensor, s: Tensor, eta
 
 
 def chain(
-    path: Path,
-    denoise: Denoise,
-    x: Tensor,
-    grid: Tensor,
-    eta: float,
-    generator: Generators = None,
-    known: tuple[Tensor, Tensor, Tensor] | None = None,
+    known: Coefficients, denoise: Denoise, x: Tensor, eta: float, generator: Generators = None
 ) -> Iterator[tuple[Gaussian, Tensor]]:
-    """Yield (distribution, sample) of each transition along `grid`; the last sample is the clean chunk.
-
-    `known` are the `coefficients` of its steps, if they have been computed beforehand.
-    """
-    c_a, c_x, std = coefficients(path, grid[:-1], grid[1:], eta) if known is None else known
-    for k in range(len(grid) - 1):
+    """Yield (distribution, sample) of each step, whose coefficients are `known`; the last sample is the clean chunk."""
+    c_a, c_x, std = known
+    for k in range(len(c_a)):
         step = Gaussian(c_a[k] * denoise(x, k) + c_x[k] * x, std[k])
         x = step.mean if eta == 0 else step.mean + step.std * randn(x.shape, generator, x.device)
         yield step, x
@@ -144,19 +139,16 @@ Sampler = Callable[[Path, Denoise, Tensor, Tensor, float, Generators], Tensor]
 """path, denoise, x at grid[0] [B, Tp, Da], grid [K + 1], eta, generator -> clean chunk [B, Tp, Da]."""
 
 
-def sample(
-    path: Path,
-    denoise: Denoise,
-    x: Tensor,
-    grid: Tensor,
-    eta: float,
-    generator: Generators = None,
-    known: tuple[Tensor, Tensor, Tensor] | None = None,
-) -> Tensor:
-    """Run the transitions of the whole grid, see `chain`."""
-    for _, sampled in chain(path, denoise, x, grid, eta, generator, known):
+def follow(known: Coefficients, denoise: Denoise, x: Tensor, eta: float, generator: Generators = None) -> Tensor:
+    """The clean chunk at the end of a `chain`."""
+    for _, sampled in chain(known, denoise, x, eta, generator):
         x = sampled
     return x
+
+
+def sample(path: Path, denoise: Denoise, x: Tensor, grid: Tensor, eta: float, generator: Generators = None) -> Tensor:
+    """Run the transitions of the whole grid."""
+    return follow(coefficients(path, grid[:-1], grid[1:], eta), denoise, x, eta, generator)
 
 
 def _refuse_noise(name: str, eta: float) -> None:

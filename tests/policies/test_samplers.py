@@ -16,6 +16,7 @@ from flowsteer.policies.samplers import (
     Denoise,
     Gaussian,
     chain,
+    coefficients,
     dpm_solver_2m,
     heun,
     randn,
@@ -124,7 +125,7 @@ def test_the_log_prob_of_a_chain_is_the_product_of_its_gaussians(path: Path) -> 
     x = torch.tensor([[[0.9]]], dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     total, states = torch.zeros(()), []
-    for step, sampled in chain(path, denoise, x, grid, 1.0, generator):
+    for step, sampled in chain(coefficients(path, grid[:-1], grid[1:], 1.0), denoise, x, 1.0, generator):
         total = total + step.log_prob(sampled).sum()
         states.append(sampled.flatten())
     mean, factor = [], torch.zeros(3, 3, dtype=torch.float64)
