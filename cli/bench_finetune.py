@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
@@ -18,6 +18,7 @@ from flowsteer.cli.judged_runs import (
     Run,
     by_step,
     check_runs,
+    earlier_results,
     grouped,
     judged,
     plot_curves,
@@ -27,7 +28,9 @@ from flowsteer.cli.judged_runs import (
 from flowsteer.policies.checkpoint import read_config
 
 ALIKE = ("task", "algo", "policy", "start")
-"""Runs that differ in none of them differ in their seed."""
+"""Runs that differ in none of them must differ in their seed alone."""
+ASIDE = ("seed", "out", "resume", "device", "checkpoint", "task", "eval", "log")
+"""Options, and groups of them, that say nothing of how a run learns, or that `ALIKE` knows."""
 
 
 @final
@@ -37,6 +40,7 @@ class FinetuneBenchmark:
 
     Attributes:
         runs: run folders of `flowsteer finetune`.
+        earlier: results of this benchmark, NAME.json each, whose runs join: they stay when their folders are gone.
         judged: the folder of the evaluation within each run, and within the runs that they started from.
         score: "success", "max_reward" or "return".
         name: of the files to write.
@@ -44,6 +48,7 @@ class FinetuneBenchmark:
     """
 
     runs: list[str] = field(default_factory=list)
+    earlier: list[str] = field(default_factory=list)
     judged: str = "eval-100x10000"
     score: str = "success"
     name: str = "finetune"
@@ -54,9 +59,14 @@ def gather(config: DictConfig) -> dict[str, Any]:
     """`rows`: an algorithm on a policy each, over the seeds; `runs`: a run each, with its curve."""
     if config.score not in SCORES:
         raise unknown("score", config.score, SCORES)
-    runs = [_run(folder, config.judged) for folder in check_runs(config.runs)]
-    rows = [_row(group, config.score) for group in grouped(runs, *ALIKE)]
-    return {"rows": rows, "score": config.score, "runs": runs}
+    here, earlier = [_run(folder, config.judged) for folder in check_runs(config.runs)], earlier_results(config.earlier)
+    known = [run for result in earlier for run in result.pop("runs")]
+    # A run that is still there is taken from its folder.
+    runs = list({tuple(run[name] for name in (*ALIKE, "seed")): run for run in [*known, *here]}.values())
+    groups = grouped(runs, *ALIKE)
+    for group in groups:
+        _check_alike(group)
+    return {"rows": [_row(g, config.score) for g in groups], "score": config.score, "runs": runs, "earlier": earlier}
 
 
 def _run(folder: Path, evaluation: str) -> Run:
@@ -80,7 +90,34 @@ def _run(folder: Path, evaluation: str) -> Run:
         "before": before and {name: before[name] for name in SCORES},
         "after": {name: after[name] for name in SCORES},
         "curve": [_point(row) for row in metrics if "eval/success" in row],
+        "options": dict(_options({name: value for name, value in config.items() if name not in ASIDE})),
     }
+
+
+def _options(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """How a run learns: each option by its full name, and its value."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _options(value, f"{prefix}{name}.")
+        elif not name.startswith("_"):
+            yield f"{prefix}{name}", value
+
+
+def _check_alike(runs: list[Run]) -> None:
+    """Refuse to call runs the seeds of one experiment where they learn in different ways.
+
+    Raises:
+        UsageError: naming the first option that differs.
+    """
+    known = [run for run in runs if "options" in run]
+    for run in known[1:]:
+        first, other = known[0]["options"], run["options"]
+        for name in sorted({*first, *other}):
+            if first.get(name) != other.get(name):
+                raise UsageError(
+                    f"the runs of seeds {known[0]['seed']} and {run['seed']} of {_label(run)} differ in "
+                    f"{name} ({first.get(name)} and {other.get(name)}): gather them apart, with another name="
+                )
 
 
 def _point(row: Mapping[str, float]) -> dict[str, float]:

@@ -32,6 +32,23 @@ def check_runs(names: Sequence[str]) -> list[Path]:
     return [Path(name) for name in names]
 
 
+def earlier_results(names: Sequence[str]) -> list[dict[str, Any]]:
+    """Results of a benchmark of runs, of an option `earlier`: what made each, and its `runs`.
+
+    Raises:
+        UsageError: one is no such result.
+    """
+    return [_earlier(Path(name)) for name in names]
+
+
+def _earlier(file: Path) -> dict[str, Any]:
+    try:
+        result = json.loads(file.read_text())
+        return {name: result[name] for name in ("command", "machine", "versions", "runs")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"earlier={file} is no result of gathered runs: name a json of flowsteer bench") from error
+
+
 def judged(folder: Path, evaluation: str) -> dict[str, Any]:
     """What is in the results of an evaluation within a run folder.
 

@@ -22,13 +22,14 @@ def judge(folder: Path, success: float) -> None:
     (folder / "eval-5x0" / "eval.json").write_text(json.dumps({"task": "arm_lift", "episodes": 5, **scores}))
 
 
-def make_run(folder: Path, seed: int, success: float, start: Path | None) -> Path:
+def make_run(folder: Path, seed: int, success: float, start: Path | None, lr: float = 0.1) -> Path:
     folder.mkdir()
     (folder / "policy.safetensors").write_bytes(b"")
     options = {
         "seed": seed,
         "checkpoint": start and str(start),
-        "algo": {"_target_": "flowsteer.rl_finetune.dppo.DPPO"},
+        "algo": {"_target_": "flowsteer.rl_finetune.dppo.DPPO", "clip": 0.01},
+        "train": {"lr": lr},
     }
     config = {"format": 1, "policy": FLOW, "cloned_policy": FLOW, "spec": SPEC, "finetune": options}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -66,6 +67,52 @@ def test_runs_are_summarised_beside_what_they_started_from(tmp_path: Path, capsy
     assert first["curve"] == [{"env_steps": 0, "success": 0.25, "max_reward": 0.5, "return": 7.0}]
     assert (tmp_path / "out" / "arm.png").stat().st_size > 0
     assert "DPPO" in capsys.readouterr().out
+
+
+def test_a_result_keeps_how_each_run_learnt(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 0, 0.8, None)
+    assert bench(tmp_path / "out", f"runs=[{run}]") == 0
+    (row,) = json.loads((tmp_path / "out" / "finetune.json").read_text())["runs"]
+    assert row["options"] == {"algo.clip": 0.01, "train.lr": 0.1}
+
+
+def test_runs_of_an_earlier_result_join_unless_they_are_still_there(tmp_path: Path) -> None:
+    first = make_run(tmp_path / "run0", 0, 0.2, None)
+    assert bench(tmp_path / "out", f"runs=[{first},{make_run(tmp_path / 'run1', 1, 0.6, None)}]", "name=before") == 0
+    before = tmp_path / "out" / "before.json"
+    (first / "eval-5x0" / "eval.json").unlink()
+    (first / "eval-5x0").rmdir()
+    judge(first, 0.3)
+    third = make_run(tmp_path / "run2", 2, 0.9, None)
+    assert bench(tmp_path / "out", f"runs=[{first},{third}]", f"earlier=[{before}]") == 0
+    result = json.loads((tmp_path / "out" / "finetune.json").read_text())
+    (row,) = result["rows"]
+    assert row["seeds"] == 3
+    assert row["success"] == pytest.approx({"mean": 0.6, "lowest": 0.3, "highest": 0.9})
+    (origin,) = result["earlier"]
+    assert origin.keys() == {"command", "machine", "versions"}
+    assert "name=before" in origin["command"]
+
+
+def test_what_is_no_earlier_result_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run", 0, 0.8, None)
+    for name, text in (("text.json", "no json"), ("list.json", "[]"), ("other.json", '{"rows": []}')):
+        (tmp_path / name).write_text(text)
+        assert bench(tmp_path / "out", f"runs=[{run}]", f"earlier=[{tmp_path / name}]") == 2
+        assert f"{name} is no result of gathered runs" in capsys.readouterr().err
+    assert bench(tmp_path / "out", f"runs=[{run}]", f"earlier=[{tmp_path / 'none.json'}]") == 1
+    assert "none.json: No such file" in capsys.readouterr().err
+
+
+def test_runs_that_learn_in_different_ways_are_no_seeds_of_one_experiment(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [make_run(tmp_path / f"run{seed}", seed, 0.8, None, lr=0.1 + seed) for seed in (0, 1)]
+    assert bench(tmp_path / "out", f"runs=[{runs[0]},{runs[1]}]") == 2
+    assert (
+        "the runs of seeds 0 and 1 of arm_lift: DPPO, FlowPolicy differ in train.lr (0.1 and 1.1): gather them apart"
+        in capsys.readouterr().err
+    )
 
 
 def test_another_score(tmp_path: Path) -> None:
