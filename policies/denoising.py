@@ -244,13 +244,14 @@ class DenoisingPolicy(Policy, ABC):
 
     @final
     def draw(self, batch_size: int, generator: torch.Generator | None = None) -> Draws:
-        """Times [B] and noise [B, Tp, Da]."""
+        """Times [B] and noise [B, Tp, Da], on the generator's own device."""
+        device = None if generator is None else generator.device
         # One uniform shift of an equally spaced comb: every batch covers all times, at a lower variance of the loss.
-        shift = torch.rand(1, generator=generator)
-        u = (shift + torch.arange(batch_size) / batch_size) % 1
+        shift = torch.rand(1, generator=generator, device=device)
+        u = (shift + torch.arange(batch_size, device=device) / batch_size) % 1
         t = self.min_time + (1 - self.min_time) * self.times(u)
-        eps = torch.randn(batch_size, self.spec.prediction_steps, self.spec.action_dim, generator=generator)
-        return t, eps
+        chunk = (self.spec.prediction_steps, self.spec.action_dim)
+        return t, torch.randn(batch_size, *chunk, generator=generator, device=device)
 
     def _loss(self, features: Tensor, action: Tensor, draws: Draws) -> Loss:
         t, eps = draws

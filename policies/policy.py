@@ -93,7 +93,7 @@ class Policy(nn.Module, ABC):
 
     @abstractmethod
     def draw(self, batch_size: int, generator: torch.Generator | None = None) -> Draws:
-        """The random numbers of one loss evaluation, each [B, ...] on the CPU; several processes share one draw."""
+        """The random numbers of one loss evaluation, each [B, ...], on the generator's device (else the CPU); processes share a draw."""
 
     @abstractmethod
     def _loss(self, features: Tensor, action: Tensor, draws: Draws) -> Loss:

@@ -84,7 +84,7 @@ class OnPolicy:
             self.acting = uncompiled(self.acting)
             compile_in_place(algorithm.network, accelerator.device)
         self.env, self.config, self.folder, self.describe = env, config, folder, dict(describe or {})
-        self.seed, self.generator = seed, torch.Generator()
+        self.seed, self.generator = seed, torch.Generator(accelerator.device)
         self.decisions = config.decisions * env.num_envs * self.processes.count
         self.update = Update(algorithm, critic, config, self.processes, self.decisions, self.generator)
         self.episodes = Episodes(env.num_envs, env.device)

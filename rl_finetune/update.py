@@ -197,9 +197,8 @@ class Update:
         """Row numbers of all epochs' minibatches, of about equal size, as many in every process."""
         count = max(1, self.decisions * rows // batch_size)
         for _ in range(self.config.epochs):
-            yield from (
-                torch.randperm(kept * rows, generator=self.generator).to(self.processes.device).tensor_split(count)
-            )
+            order = torch.randperm(kept * rows, generator=self.generator, device=self.generator.device)
+            yield from order.tensor_split(count)
 
     def _check_first(self, sample: Sample, num_envs: int) -> dict[str, float]:
         """Before the first update the new policy is the old one, so that all ratios are 1."""
