@@ -9,7 +9,7 @@ shift 3
 export OMP_NUM_THREADS=1
 declare -A learnt=([hopper]=800000 [halfcheetah]=300000)
 if [ ! -e data/"$task" ]; then
-    RUN=runs/"$task"_medium benchmarks/runner.sh "$task" fpo 1 train.env_steps="${learnt[$task]}"
+    RUN=runs/"$task"_medium benchmarks/runner.sh "$task" fpo 1 train.env_steps="${learnt[$task]}" eval.videos=0
     flowsteer data collect checkpoint=runs/"$task"_medium only_successful=false episodes=200 out=data/"$task"
 fi
 if [ ! -e "$base" ]; then

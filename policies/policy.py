@@ -93,7 +93,10 @@ class Policy(nn.Module, ABC):
 
     @abstractmethod
     def draw(self, batch_size: int, generator: torch.Generator | None = None) -> Draws:
-        """The random numbers of one loss evaluation, each [B, ...], on the generator's device (else the CPU); processes share a draw."""
+        """The random numbers of one loss evaluation, each [B, ...], on the generator's device, without one on the CPU.
+
+        Several processes share one draw.
+        """
 
     @abstractmethod
     def _loss(self, features: Tensor, action: Tensor, draws: Draws) -> Loss:
