@@ -13,9 +13,9 @@ if [ ! -e "$base" ]; then
         horizon.observation_steps=1 horizon.prediction_steps=8 horizon.execution_steps=4 \
         policy.network.hidden=128 policy.network.blocks=3 \
         train.steps=300 train.warmup_steps=50 train.batch_size=128 train.evaluate_every=0
-    flowsteer eval checkpoint="$base" episodes=100 seed=10000 videos="$films"
+    flowsteer eval checkpoint="$base" episodes=100 seed=10000 eval.videos="$films"
 fi
 flowsteer finetune algo=dppo checkpoint="$base" seed="$seed" out="$run" \
     algo.steps=5 algo.fine_tuned_steps=5 algo.clip_first=0.01 train.lr=2e-4 train.target_kl=0.01 train.batch_size=7500 \
     sim.num_envs=150 train.decisions=100 train.env_steps=1200000 train.evaluate_every=5 eval.episodes=100 eval.videos="$films" "$@"
-flowsteer eval checkpoint="$run" episodes=100 seed=10000 videos="$films"
+flowsteer eval checkpoint="$run" episodes=100 seed=10000 eval.videos="$films"

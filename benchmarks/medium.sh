@@ -17,10 +17,10 @@ if [ ! -e "$base" ]; then
     flowsteer train task="$task" dataset=data/"$task"/"$task".zarr policy="$policy" out="$base" \
         horizon.observation_steps=1 horizon.prediction_steps=4 horizon.execution_steps=4 \
         policy.network.hidden=128 policy.network.blocks=3 policy.steps=5 train.steps=5000 train.evaluate_every=0
-    flowsteer eval checkpoint="$base" episodes=100 seed=10000 videos="$films"
+    flowsteer eval checkpoint="$base" episodes=100 seed=10000 eval.videos="$films"
 fi
 flowsteer finetune algo=dppo checkpoint="$base" seed="$seed" out="$run" \
     algo.fine_tuned_steps=5 algo.clip_first=0.01 train.lr=2e-4 train.target_kl=0.01 train.batch_size=2000 \
     train.gamma=0.97 sim.num_envs=32 train.decisions=128 train.restart_every=8 \
     train.env_steps=1980000 train.evaluate_every=10 eval.episodes=20 eval.videos="$films" "$@"
-flowsteer eval checkpoint="$run" episodes=100 seed=10000 videos="$films"
+flowsteer eval checkpoint="$run" episodes=100 seed=10000 eval.videos="$films"

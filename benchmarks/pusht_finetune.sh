@@ -15,7 +15,7 @@ if [ ! -e "$base" ]; then
         data.mirror=true policy.relative_to=agent_position 'policy.normalizers={action: mean_std}' policy.clip=null \
         policy.network.hidden=128 policy.network.blocks=3 policy.steps=5 horizon.observation_steps=1 \
         ${cloned[$kind]} train.warmup_steps=200 train.evaluate_every=0
-    flowsteer eval checkpoint="$base" episodes=100 seed=10000 videos="$films"
+    flowsteer eval checkpoint="$base" episodes=100 seed=10000 eval.videos="$films"
 fi
 declare -A own=(
     [dppo]="algo.fine_tuned_steps=5 algo.clip_first=0.01 train.lr=2e-4 train.target_kl=0.01 train.batch_size=5000"
@@ -24,4 +24,4 @@ declare -A own=(
 # shellcheck disable=SC2086 # one option a word
 flowsteer finetune algo="$algo" checkpoint="$base" seed="$seed" out="$run" ${own[$algo]} \
     sim.num_envs=128 train.decisions=76 train.env_steps=2900000 train.evaluate_every=5 eval.episodes=100 eval.videos="$films" "$@"
-flowsteer eval checkpoint="$run" episodes=100 seed=10000 videos="$films"
+flowsteer eval checkpoint="$run" episodes=100 seed=10000 eval.videos="$films"

@@ -17,4 +17,4 @@ flowsteer finetune task="$task" algo="$algo" seed="$seed" out="$run" ${own[$task
     horizon.observation_steps=1 horizon.prediction_steps=4 horizon.execution_steps=4 train.gamma=0.97 \
     sim.num_envs=32 train.decisions=128 train.restart_every=8 train.env_steps=1980000 train.evaluate_every=10 \
     eval.episodes=20 eval.videos="$films" "$@"
-flowsteer eval checkpoint="$run" episodes=100 seed=10000 videos="$films"
+flowsteer eval checkpoint="$run" episodes=100 seed=10000 eval.videos="$films"
