@@ -61,8 +61,13 @@ def gather(config: DictConfig) -> dict[str, Any]:
         raise unknown("score", config.score, SCORES)
     here, earlier = [_run(folder, config.judged) for folder in check_runs(config.runs)], earlier_results(config.earlier)
     known = [run for result in earlier for run in result.pop("runs")]
+    for first, *others in grouped(here, *ALIKE, "seed"):
+        if others:
+            raise UsageError(
+                f"runs= has {_label(first)} twice with seed {first['seed']}: gather them apart, with name="
+            )
     # A run that is still there is taken from its folder.
-    runs = list({tuple(run[name] for name in (*ALIKE, "seed")): run for run in [*known, *here]}.values())
+    runs = [group[-1] for group in grouped([*known, *here], *ALIKE, "seed")]
     groups = grouped(runs, *ALIKE)
     for group in groups:
         _check_alike(group)

@@ -122,7 +122,6 @@ def _loop(config: DictConfig, device: torch.device, compile: bool = False) -> On
         critic_batch_size=config.batch_size // config.fine_tuned_steps or 1,
         critic_warmup=0,
         compile=compile,
-        measure_signal=False,
         target_kl=1e6,
         max_kl=1e6,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from flowsteer.policies.random_state import seed_everything
 from flowsteer.policies.spec import PolicySpec
 from flowsteer.rl_finetune.algorithm import Algorithm
 from flowsteer.rl_finetune.critic import Critic
+from flowsteer.rl_finetune.fpo import UNTRAINED
 from flowsteer.rl_finetune.on_policy import FIRST_SEED, OnPolicy
 from flowsteer.rl_finetune.statistics import fit_to_random_actions
 from flowsteer.sim.tasks.base import Task
@@ -61,6 +63,8 @@ def finetune_policy(config: DictConfig, folder: Path) -> Outcome:
     if config.eval.seed + config.eval.episodes > FIRST_SEED:
         raise UsageError(f"eval.seed must be below {FIRST_SEED}, where the seeds to learn from begin")
     check_not_negative(config, "eval.videos", "eval.delay_steps")
+    if config.checkpoint is None:
+        _suit_untrained(config)
     seed_everything(config.seed)
     accelerator = find_processes(config.device)
     check_links(folder)
@@ -82,8 +86,30 @@ def finetune_policy(config: DictConfig, folder: Path) -> Outcome:
         log = open_log(config, folder, config.train.env_steps, began, accelerator, stack, unit="env steps")
         if accelerator.is_main_process:
             print(loop.algorithm.headline)
+            _warn_of_short_iterations(loop)
         finished = loop.train(log, evaluate)
     return Outcome(finished, progress.env_steps, progress.best_score or 0.0, began)
+
+
+def _suit_untrained(config: DictConfig) -> None:
+    """Options of the algorithm that were left open, for a policy that has learnt nothing."""
+    for name, value in UNTRAINED.items():
+        if name in config.algo and config.algo[name] is None:
+            config.algo[name] = value
+
+
+def _warn_of_short_iterations(loop: OnPolicy) -> None:
+    """Say that no episode can end, where all are cut before: a reward at their ends would never be met."""
+    config, env = loop.config, loop.env
+    iterations = min(every for every in (config.restart_every, config.save_every, config.evaluate_every) if every)
+    steps = iterations * config.decisions * loop.algorithm.policy.spec.execution_steps
+    if steps < env.spec.max_episode_steps:
+        warnings.warn(
+            f"episodes start anew after {steps} steps, before the {env.spec.max_episode_steps} of task "
+            f"'{env.spec.name}' are over, so that what happens later is never seen: raise train.decisions, or "
+            "train.restart_every, evaluate_every and save_every",
+            stacklevel=2,
+        )
 
 
 def _cloned(config: DictConfig) -> Start:

@@ -15,16 +15,18 @@ Rows = Sequence[Mapping[str, Any]]
 
 LOSSES = {"train/loss": "training", "val/loss": "validation (averaged weights)"}
 SCORES = {"eval/success": "success", "eval/max_reward": "maximum reward"}
-RETURNS = {"eval/return": "return", "collect/return": "return while exploring"}
-"""Each beside NAME_low and NAME_high, its 95 % interval."""
+RETURNS = {"eval/return": "return"}
+COLLECTED = {"collect/return": "return while exploring, of the reward that is learnt from"}
+"""Each beside NAME_low and NAME_high, its 95 % interval. What is learnt from may be another reward."""
 
 
 def plot_run(folder: Path, rows: Rows, unit: str = "steps") -> None:
-    """Write loss.png, success.png and return.png, each where there is something to show, against `unit`."""
+    """Write loss, success, return and collect_return .png, each where there is something to show, against `unit`."""
     _draw(folder / "loss.png", rows, LOSSES, (unit, "loss"), logarithmic=True)
     mean = (unit, "mean over episodes, 95 % interval")
     _draw(folder / "success.png", rows, SCORES, mean, logarithmic=False)
     _draw(folder / "return.png", rows, RETURNS, mean, logarithmic=False)
+    _draw(folder / "collect_return.png", rows, COLLECTED, (unit, "mean over episodes"), logarithmic=False)
 
 
 def _draw(file: Path, rows: Rows, names: Mapping[str, str], labels: tuple[str, str], *, logarithmic: bool) -> None:

@@ -124,7 +124,12 @@ def _check_deletions(overrides: Sequence[str]) -> None:
 def _check_choices(overrides: Sequence[str]) -> None:
     for override in parse(overrides):
         known = groups().get(override.key_or_group)
-        if known and not override.is_sweep_override() and not isinstance(override.value(), str | list | None):
+        if not known or override.is_sweep_override() or override.is_delete():
+            continue
+        if override.value() is None:
+            key = override.key_or_group
+            raise UsageError(f"{key}=null chooses nothing: leave {key}= out (known: {', '.join(known)})")
+        if not isinstance(override.value(), str | list):
             raise unknown(override.key_or_group, str(override.value()), known)
 
 

@@ -19,7 +19,7 @@ from flowsteer.cli.training import CONFIG
 
 RESUME = "resume"
 FIXED = (
-    *("checkpoint", "weights", "steps", "teacher_steps", "task", "horizon", "policy", "data"),
+    *("checkpoint", "weights", "steps", "teacher_steps", "task", "horizon", "policy", "critic", "data"),
     *("algo.steps", "algo.fine_tuned_steps", "algo.eta"),
 )
 """Options that say what a run's weights mean, or what they were learnt from."""

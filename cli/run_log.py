@@ -67,7 +67,7 @@ class RunLog:
             self.plot()
 
     def plot(self) -> None:
-        """Draw loss.png, success.png and return.png anew."""
+        """Draw the curves anew."""
         plot_run(self._folder, read_metrics(self._folder / METRICS), self._unit)
 
     def __enter__(self) -> RunLog:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flowsteer.policies.denoising import DenoisingPolicy
+from flowsteer.policies.gaussian import GaussianPolicy
 from flowsteer.policies.policy import Observation, Policy
 from flowsteer.policies.spec import configurable
 from flowsteer.rl_finetune.errors import FinetuneError
@@ -65,6 +66,9 @@ class Algorithm(nn.Module, ABC):
     """
 
     rows: int = 1
+    scale: float = 1.0
+    """What the reduction over the elements of a chunk makes of ones: 1 of a mean, their number of a sum. Log-ratios and
+    what rounding leaves of them grow with it."""
     headline: str
     """What to know of its trust region, in one line for the start of a run."""
 
@@ -81,8 +85,8 @@ class Algorithm(nn.Module, ABC):
         """What an update spends its time on, forwards and backwards."""
 
     @abstractmethod
-    def explore(self, obs: Observation, generator: torch.Generator) -> Explored:
-        """Sample a chunk for each of the observations {key: [B, To, ...]}, with noise to learn from."""
+    def explore(self, obs: Observation, features: Tensor, generator: torch.Generator) -> Explored:
+        """Sample chunks for observations {key: [B, To, ...]}, encoded [B, To, F], with noise to learn from."""
 
     @abstractmethod
     def step(self, features: Tensor, memory: Memory, decision: Tensor, row: Tensor, advantage: Tensor) -> Step:
@@ -112,9 +116,11 @@ def denoising(policy: Policy, algo: str) -> DenoisingPolicy:
         FinetuneError: it does not.
     """
     if not isinstance(policy, DenoisingPolicy):
+        gaussian = isinstance(policy, GaussianPolicy)
+        remedy = "algo=ppo takes it" if gaussian else "no algorithm here takes it: clone one that denoises"
         raise FinetuneError(
             f"algo={algo} needs a policy that denoises (policy=diffusion or policy=flow), this is of the class "
-            f"{type(policy).__name__}; algo=ppo takes policy=gaussian"
+            f"{type(policy).__name__}; {remedy}"
         )
     return policy
 

@@ -20,11 +20,11 @@ from flowsteer.policies.denoising import SOLVERS, DenoisingPolicy
 from flowsteer.policies.networks.base import Features
 from flowsteer.policies.networks.staged import StagedNetwork
 from flowsteer.policies.policy import Observation, Policy
-from flowsteer.policies.samplers import Gaussian, randn, transition
+from flowsteer.policies.samplers import Gaussian, coefficients, randn, sample
 from flowsteer.rl_finetune.algorithm import Algorithm, Explored, Memory, Step, check_options, denoising
 from flowsteer.rl_finetune.errors import FinetuneError
 from flowsteer.rl_finetune.exploration import Exploration
-from flowsteer.rl_finetune.trust_region import REDUCTIONS, SURROGATES, clip_schedule
+from flowsteer.rl_finetune.trust_region import REDUCTIONS, SURROGATES, clip_schedule, scale_of
 
 FINE_TUNED = 10
 """Denoising steps that are tuned unless another number is given, of policies that have as many."""
@@ -35,7 +35,7 @@ class DPPO(Algorithm):
     """PPO on the last K' denoising steps.
 
     Args:
-        policy: a diffusion or flow policy; the copy of it that serves the earlier steps stays as it is.
+        policy: a diffusion or flow policy; a copy of it stays as it is, where earlier steps or an anchor need one.
         exploration: builds the noise from K', To * F and Da.
         steps: K, denoising steps; the policy's own where not given.
         fine_tuned_steps: K', at most K; where not given 10, or K if that is fewer.
@@ -79,49 +79,54 @@ class DPPO(Algorithm):
         train_encoder: bool = False,
     ) -> None:
         super().__init__(policy, train_encoder)
-        self.cloned = copy.deepcopy(denoising(policy, "dppo")).requires_grad_(False)
+        tuned, spec = denoising(policy, "dppo"), policy.spec
         if steps is not None:
-            self.tuned.set_steps(steps)
-        self.steps, self.eta = len(self.tuned.grid) - 1, eta
+            tuned.set_steps(steps)
+        self.steps, self.eta, self.anchor = len(tuned.grid) - 1, eta, anchor
         self.rows = min(FINE_TUNED, self.steps) if fine_tuned_steps is None else fine_tuned_steps
         self.first = self.steps - self.rows
-        check_options(
-            ("eta", 0 <= eta <= 1, "in [0, 1]", eta),
-            (
-                "fine_tuned_steps",
-                1 <= self.rows <= self.steps,
-                f"from 1 to the {self.steps} denoising steps",
-                self.rows,
-            ),
-            ("clip_first", clip_first > 0, "positive", clip_first),
-            ("clip_last", clip_last > 0, "positive", clip_last),
-            ("denoising_discount", 0 < denoising_discount <= 1, "in (0, 1]", denoising_discount),
-            ("noise_limit", noise_limit > 0, "positive", noise_limit),
-            ("log_prob_floor", log_prob_floor >= 0, "not negative", log_prob_floor),
-            ("anchor", anchor >= 0, "not negative", anchor),
-        )
-        if log_prob_limits is not None and not log_prob_limits[0] < log_prob_limits[1]:
-            raise FinetuneError(f"algo.log_prob_limits must be [low, high], got {list(log_prob_limits)}")
-        if normalize_ratio and log_prob_limits is not None:
-            raise FinetuneError("algo.normalize_ratio takes whole log-probabilities: leave algo.log_prob_limits out")
-        if train_encoder and (self.first or anchor):
-            raise FinetuneError(
-                f"algo.train_encoder=true needs algo.fine_tuned_steps={self.steps} and algo.anchor=0: "
-                "the cloned network knows only the encoder that it was cloned with"
-            )
-        spec = policy.spec
+        self.noise_limit, self.log_prob_floor, self.log_prob_limits = noise_limit, log_prob_floor, log_prob_limits
+        self.normalize_ratio = normalize_ratio
+        self._check(clip_first, clip_last, denoising_discount)
+        self.cloned = copy.deepcopy(tuned).requires_grad_(False) if self.first or anchor else None
         self.exploration = exploration(self.rows, spec.observation_steps * policy.encoder.feature_dim, spec.action_dim)
         self.reduce, self.surrogate = pick(REDUCTIONS, reduction, "reduction"), pick(SURROGATES, surrogate, "surrogate")
+        self.scale = scale_of(self.reduce, spec.execution_steps, spec.action_dim)
         # Options, not state: a resumed run may have others.
         self.register_buffer("clip", clip_schedule(clip_first, clip_last, self.rows), persistent=False)
         discount = denoising_discount ** torch.arange(self.rows - 1, -1, -1)
         self.register_buffer("discount", discount, persistent=False)
-        self.noise_limit, self.log_prob_floor, self.log_prob_limits = noise_limit, log_prob_floor, log_prob_limits
-        self.normalize_ratio, self.anchor = normalize_ratio, anchor
+        grid = tuned.grid[self.first :]
+        known = torch.stack(coefficients(tuned.path, grid[:-1], grid[1:], eta))
+        self.register_buffer("coefficients", known[..., None, None], persistent=False)
         self.headline = (
             f"K = {self.steps}, K' = {self.rows}, eta = {eta:g}; the ratio of the {reduction} log-probability is "
-            f"clipped to 1 +- {clip_first:g} (noisiest step) ... {clip_last:g} (last step)"
+            f"clipped to 1 +- {clip_first:g} (noisiest step) ... {clip_last:g} (last step), and train.target_kl is of "
+            "it too"
         )
+
+    def _check(self, clip_first: float, clip_last: float, denoising_discount: float) -> None:
+        """Refuse options that are out of range, or do not go together."""
+        steps, limits = f"from 1 to the {self.steps} denoising steps", self.log_prob_limits
+        check_options(
+            ("eta", 0 <= self.eta <= 1, "in [0, 1]", self.eta),
+            ("fine_tuned_steps", 1 <= self.rows <= self.steps, steps, self.rows),
+            ("clip_first", clip_first > 0, "positive", clip_first),
+            ("clip_last", clip_last > 0, "positive", clip_last),
+            ("denoising_discount", 0 < denoising_discount <= 1, "in (0, 1]", denoising_discount),
+            ("noise_limit", self.noise_limit > 0, "positive", self.noise_limit),
+            ("log_prob_floor", self.log_prob_floor >= 0, "not negative", self.log_prob_floor),
+            ("anchor", self.anchor >= 0, "not negative", self.anchor),
+        )
+        if limits is not None and not (len(limits) == 2 and limits[0] < limits[1]):
+            raise FinetuneError(f"algo.log_prob_limits must be [low, high], got {list(limits)}")
+        if self.normalize_ratio and limits is not None:
+            raise FinetuneError("algo.normalize_ratio takes whole log-probabilities: leave algo.log_prob_limits out")
+        if self.train_encoder and (self.first or self.anchor):
+            raise FinetuneError(
+                f"algo.train_encoder=true needs algo.fine_tuned_steps={self.steps} and algo.anchor=0: "
+                "the cloned network knows only the encoder that it was cloned with"
+            )
 
     @property
     def tuned(self) -> DenoisingPolicy:
@@ -133,21 +138,28 @@ class DPPO(Algorithm):
         """The policy's."""
         return self.tuned.network
 
+    @property
+    def _frozen(self) -> DenoisingPolicy:
+        """The cloned policy, where it is needed."""
+        assert self.cloned is not None
+        return self.cloned
+
     clip: Tensor
     discount: Tensor
+    coefficients: Tensor
+    """c_a, c_x and std of the K' steps, [3, K', 1, 1]: see `samplers.coefficients`."""
 
     @torch.no_grad()
-    def explore(self, obs: Observation, generator: torch.Generator) -> Explored:
+    def explore(self, obs: Observation, features: Tensor, generator: torch.Generator) -> Explored:
         """Run the chain; remembers x of the K' + 1 times, and mean and log-probability of the K' steps."""
         policy, spec = self.tuned, self.tuned.spec
-        features = policy.features(obs)
         x = randn((len(features), spec.prediction_steps, spec.action_dim), generator, features.device)
         x = self._earlier_steps(x, generator, features)
         denoise = policy.denoise_on(policy.grid, policy.network.embed_observation(features))
+        levels = self.exploration.levels(features, self.progress)[:, :, None]
         chain, means, log_probs = [x], [], []
         for i in range(self.rows):
-            row = torch.full((len(x),), i, device=x.device)
-            gaussian = self._transition(denoise(x, self.first + i), x, row, features)
+            gaussian = self._transition(denoise(x, self.first + i), x, self.coefficients[:, i], levels[:, i])
             noise = randn(x.shape, generator, x.device).clamp(-self.noise_limit, self.noise_limit)
             x = gaussian.mean + gaussian.std * noise
             chain.append(x)
@@ -163,7 +175,8 @@ class DPPO(Algorithm):
         x_t, x_s = memory["chain"][decision, row], memory["chain"][decision, row + 1]
         cond = _take(policy.network.embed_observation(features), decision)
         a_hat = policy.denoise_on(policy.grid, cond)(x_t, self.first + row)
-        gaussian = self._transition(a_hat, x_t, row, features[decision])
+        levels = self.exploration.levels(features, self.progress)[decision, row][:, None]
+        gaussian = self._transition(a_hat, x_t, self.coefficients[:, row], levels)
         log_ratio = self._log_prob(gaussian, x_s) - memory["log_prob"][decision, row]
         ratio = log_ratio
         if self.normalize_ratio:
@@ -183,7 +196,7 @@ class DPPO(Algorithm):
         acting._modules = dict(self.tuned._modules)
         acting.eta, acting.solver = self.eta, SOLVERS["transition"]
         if self.first:
-            acting.network = StagedNetwork.of(self.cloned.network, self.tuned.network, self._switch())
+            acting.network = StagedNetwork.of(self._frozen.network, self.tuned.network, self._switch())
         return acting
 
     def describe(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -206,20 +219,14 @@ class DPPO(Algorithm):
         """The first K - K' steps, of the cloned policy alone; the encoder is the same for both then."""
         if not self.first:
             return x
-        policy = self.cloned
-        grid = self.tuned.grid[: self.first + 1]
+        policy, grid = self._frozen, self.tuned.grid[: self.first + 1]
         denoise = policy.denoise_on(grid, policy.network.embed_observation(features))
-        for k in range(self.first):
-            gaussian = transition(policy.path, x, denoise(x, k), grid[k], grid[k + 1], self.eta)
-            x = gaussian.mean + gaussian.std * randn(x.shape, generator, x.device)
-        return x
+        return sample(policy.path, denoise, x, grid, self.eta, generator)
 
-    def _transition(self, a_hat: Tensor, x: Tensor, row: Tensor, features: Tensor) -> Gaussian:
-        """The fine-tuned steps `row` [R] from x [R, Tp, Da], with the noise to explore with."""
-        k = self.first + row
-        grid = self.tuned.grid
-        mean, std = transition(self.tuned.path, x, a_hat, grid[k], grid[k + 1], self.eta)
-        return Gaussian(mean, self.exploration(std, row, features, self.progress))
+    def _transition(self, a_hat: Tensor, x: Tensor, known: Tensor, level: Tensor) -> Gaussian:
+        """Fine-tuned steps from x [R, Tp, Da], with the noise to explore with [R, 1, Da or 1]."""
+        c_a, c_x, std = known
+        return Gaussian(c_a * a_hat + c_x * x, self.exploration(std, level))
 
     def _log_prob(self, gaussian: Gaussian, x: Tensor) -> Tensor:
         """Of the steps that are executed, [R]."""
@@ -244,10 +251,10 @@ class DPPO(Algorithm):
     def _divergence(self, new: Gaussian, features: Tensor, decision: Tensor, x: Tensor, row: Tensor) -> Tensor:
         """KL of transitions with the same deviation: |mu - mu_cloned|^2 / (2 std^2), mean over the elements."""
         with torch.no_grad():
-            cond = _take(self.cloned.network.embed_observation(features), decision)
-            a_hat = self.cloned.denoise_on(self.tuned.grid, cond)(x, self.first + row)
-            old = self._transition(a_hat, x, row, features[decision])
-        return ((new.mean - old.mean) / new.std.detach()).square().mean() / 2
+            cond = _take(self._frozen.network.embed_observation(features), decision)
+            a_hat = self._frozen.denoise_on(self.tuned.grid, cond)(x, self.first + row)
+            c_a, c_x, _ = self.coefficients[:, row]
+        return ((new.mean - c_a * a_hat - c_x * x) / new.std.detach()).square().mean() / 2
 
 
 def _take(features: Features, rows: Tensor) -> Features:

@@ -29,14 +29,21 @@ class Exploration(nn.Module, ABC):
         self.rows, self.observed, self.action_dim = rows, observed, action_dim
 
     @abstractmethod
-    def forward(self, std: Tensor, row: Tensor, features: Tensor, progress: float) -> Tensor:
-        """The deviation to explore with, broadcastable to [R, Tp, Da].
+    def levels(self, features: Tensor, progress: float) -> Tensor:
+        """What every fine-tuned step of some decisions has to explore with, once for all their rows: [D, K', Da or 1].
+
+        Args:
+            features: encoded observations [D, To, F].
+            progress: share of the training that is done.
+        """
+
+    @abstractmethod
+    def forward(self, std: Tensor, level: Tensor) -> Tensor:
+        """The deviation of a transition, broadcastable to [R, Tp, Da].
 
         Args:
             std: the transition's own, broadcastable to [R, Tp, Da].
-            row: which fine-tuned step, [R].
-            features: encoded observations [R, To, F].
-            progress: share of the training that is done.
+            level: of its decision and step, [R, 1, Da or 1].
         """
 
 
@@ -77,10 +84,14 @@ class NoiseFloor(Exploration):
 
     floor: Tensor
 
-    def forward(self, std: Tensor, row: Tensor, features: Tensor, progress: float) -> Tensor:
+    def levels(self, features: Tensor, progress: float) -> Tensor:
         """See `Exploration`."""
         share = 1 + progress * (self.final_share - 1)
-        return torch.maximum(std, share * self.floor[row][:, None, None])
+        return (share * self.floor)[None, :, None].expand(len(features), -1, 1)
+
+    def forward(self, std: Tensor, level: Tensor) -> Tensor:
+        """See `Exploration`."""
+        return torch.maximum(std, level)
 
 
 @final
@@ -117,10 +128,12 @@ class LearnedNoise(Exploration):
 
     bounds: Tensor
 
-    def forward(self, std: Tensor, row: Tensor, features: Tensor, progress: float) -> Tensor:
+    def levels(self, features: Tensor, progress: float) -> Tensor:
         """See `Exploration`."""
-        every: Tensor = self.net(features.flatten(1)).reshape(len(row), self.rows, self.action_dim)
-        chosen = every[torch.arange(len(row), device=row.device), row].tanh()
+        chosen: Tensor = self.net(features.flatten(1)).unflatten(1, (self.rows, self.action_dim)).tanh()
         low, high = self.bounds.unbind()
-        learned = (low + (high - low) * (chosen + 1) / 2).exp()[:, None, :]
-        return (std.square() + learned.square()).sqrt()
+        return (low + (high - low) * (chosen + 1) / 2).exp()
+
+    def forward(self, std: Tensor, level: Tensor) -> Tensor:
+        """See `Exploration`."""
+        return (std.square() + level.square()).sqrt()

@@ -21,7 +21,10 @@ from flowsteer.policies.policy import Observation, Policy
 from flowsteer.policies.samplers import randn
 from flowsteer.rl_finetune.algorithm import Algorithm, Explored, Memory, Step, check_options, denoising
 from flowsteer.rl_finetune.errors import FinetuneError
-from flowsteer.rl_finetune.trust_region import REDUCTIONS, SURROGATES, clamp_through
+from flowsteer.rl_finetune.trust_region import REDUCTIONS, SURROGATES, clamp_through, scale_of
+
+UNTRAINED: dict[str, float] = {"perturbation": 0.3}
+"""What suits a policy that has learnt nothing: as much noise as a Gaussian one has."""
 
 
 @final
@@ -33,16 +36,17 @@ class FPO(Algorithm):
         pairs: N, (time, noise) pairs that are drawn for a chunk when it is sampled, and kept for all epochs.
         per_pair: one ratio for each pair (FPO++), or one of the mean loss (FPO).
         clip: clip range of the ratio.
-        surrogate: "ppo" or "aspo".
+        surrogate: "aspo", or "ppo" as in the first paper, which pulls nothing back that has left the trust region.
         reduction: of the loss over the steps and action dimensions: "mean", "sqrt" or "sum".
         whole_chunk: count the predicted steps that are not executed as well.
         as_eps: measure the error of the noise rather than that of what the network predicts. From nothing it learns
             faster; on the linear path it weighs time t by (1 - t)^2, so that a cloned policy drifts where t is near 1.
         huber: where the loss turns from square to linear; null for the square.
-        loss_limit: losses are clamped to it, gradients pass through.
+        loss_limit: a pair's mean error is clamped to it, whatever the reduction; gradients pass through.
         ratio_limit: so is the log-ratio, to +-ratio_limit.
-        perturbation: noise added to sampled chunks, in normalised units, beside the sampler's own. From nothing
-            it takes as much as a Gaussian policy has (0.3): the sampler's own spread is soon gone.
+        perturbation: noise added to sampled chunks, in normalised units, beside the sampler's own, whose spread is
+            soon gone. Where not given 0.1, which suits a cloned policy; `flowsteer finetune` takes `UNTRAINED`'s from
+            nothing.
         train_encoder: train the encoder of observations too.
 
     Raises:
@@ -55,14 +59,14 @@ class FPO(Algorithm):
         pairs: int = 8,
         per_pair: bool = False,
         clip: float = 0.05,
-        surrogate: str = "ppo",
+        surrogate: str = "aspo",
         reduction: str = "mean",
         whole_chunk: bool = False,
         as_eps: bool = False,
         huber: float | None = None,
         loss_limit: float = 20.0,
         ratio_limit: float = 3.0,
-        perturbation: float = 0.0,
+        perturbation: float | None = None,
         train_encoder: bool = False,
     ) -> None:
         super().__init__(policy, train_encoder)
@@ -78,16 +82,19 @@ class FPO(Algorithm):
             ("huber", huber is None or huber > 0, "positive or null", huber or 0),
             ("loss_limit", loss_limit > 0, "positive", loss_limit),
             ("ratio_limit", ratio_limit > 0, "positive", ratio_limit),
-            ("perturbation", perturbation >= 0, "not negative", perturbation),
+            ("perturbation", (perturbation or 0) >= 0, "not negative", perturbation or 0),
         )
         self.pairs, self.per_pair, self.clip = pairs, per_pair, clip
         self.surrogate, self.reduce = pick(SURROGATES, surrogate, "surrogate"), pick(REDUCTIONS, reduction, "reduction")
         self.counted = slice(None) if whole_chunk else policy.spec.executed
+        steps = policy.spec.prediction_steps if whole_chunk else policy.spec.execution_steps
+        self.scale = scale_of(self.reduce, steps, policy.spec.action_dim)
         self.as_eps, self.huber = as_eps, huber
-        self.loss_limit, self.ratio_limit, self.perturbation = loss_limit, ratio_limit, perturbation
+        self.loss_limit, self.ratio_limit = loss_limit, ratio_limit
+        self.perturbation = 0.1 if perturbation is None else perturbation
         self.headline = (
             f"N = {pairs}; the ratio of {'each pair' if per_pair else 'their mean'} of {reduction} denoising losses "
-            f"is clipped to 1 +- {clip:g}"
+            f"is clipped to 1 +- {clip:g} ({surrogate}), and train.target_kl is of it too"
         )
 
     @property
@@ -101,10 +108,9 @@ class FPO(Algorithm):
         return self.tuned.network
 
     @torch.no_grad()
-    def explore(self, obs: Observation, generator: torch.Generator) -> Explored:
+    def explore(self, obs: Observation, features: Tensor, generator: torch.Generator) -> Explored:
         """Sample as the policy does; remembers the chunk, the N pairs and their losses."""
         policy = self.tuned
-        features = policy.features(obs)
         cond = policy.network.embed_observation(features)
         noise = randn((len(features), policy.spec.prediction_steps, policy.spec.action_dim), generator, features.device)
         denoise = policy.denoise_on(policy.grid, cond)
@@ -153,7 +159,7 @@ class FPO(Algorithm):
             loss = error.square()
         else:
             loss = functional.huber_loss(error, torch.zeros_like(error), reduction="none", delta=self.huber)
-        return clamp_through(self.reduce(loss), 0.0, self.loss_limit).reshape(-1, n)
+        return clamp_through(self.reduce(loss), 0.0, self.loss_limit * self.scale).reshape(-1, n)
 
     def _error_of_eps(self, error: Tensor, t: Tensor) -> Tensor:
         """What an error of the prediction makes of eps_hat = (x - alpha a_hat) / sigma; `to_clean` is linear."""

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from flowsteer.policies.choices import pick
+from flowsteer.policies.denoising import DenoisingPolicy
 from flowsteer.policies.gaussian import GaussianPolicy
 from flowsteer.policies.policy import Observation, Policy
 from flowsteer.policies.samplers import Gaussian, randn
 from flowsteer.rl_finetune.algorithm import Algorithm, Explored, Memory, Step, check_options
 from flowsteer.rl_finetune.errors import FinetuneError
-from flowsteer.rl_finetune.trust_region import REDUCTIONS, SURROGATES
+from flowsteer.rl_finetune.trust_region import REDUCTIONS, SURROGATES, scale_of
 
 
 @final
@@ -43,14 +44,17 @@ class GaussianPPO(Algorithm):
     ) -> None:
         super().__init__(policy, train_encoder)
         if not isinstance(policy, GaussianPolicy):
+            denoises = isinstance(policy, DenoisingPolicy)
+            remedy = "algo=dppo and algo=fpo take it" if denoises else "no algorithm here takes it"
             raise FinetuneError(
-                f"algo=ppo needs policy=gaussian, this is of the class {type(policy).__name__}; "
-                "algo=dppo and algo=fpo take policy=diffusion and policy=flow"
+                f"algo=ppo needs policy=gaussian, this is of the class {type(policy).__name__}; {remedy}"
             )
         check_options(("clip", clip > 0, "positive", clip))
         self.clip, self.entropy = clip, entropy
         self.surrogate, self.reduce = pick(SURROGATES, surrogate, "surrogate"), pick(REDUCTIONS, reduction, "reduction")
-        self.headline = f"the ratio of the {reduction} log-probability is clipped to 1 +- {clip:g}"
+        self.scale = scale_of(self.reduce, policy.spec.execution_steps, policy.spec.action_dim)
+        ratio = f"the ratio of the {reduction} log-probability"
+        self.headline = f"{ratio} is clipped to 1 +- {clip:g}, and train.target_kl is of it too"
 
     @property
     def tuned(self) -> GaussianPolicy:
@@ -64,10 +68,10 @@ class GaussianPPO(Algorithm):
         return self.tuned.mean
 
     @torch.no_grad()
-    def explore(self, obs: Observation, generator: torch.Generator) -> Explored:
+    def explore(self, obs: Observation, features: Tensor, generator: torch.Generator) -> Explored:
         """Sample; remembers the chunk and its log-probability."""
         policy = self.tuned
-        gaussian = policy.distribution(policy.features(obs))
+        gaussian = policy.distribution(features)
         a = gaussian.mean + gaussian.std * randn(gaussian.mean.shape, generator, gaussian.mean.device)
         actions = policy.physical(a, obs)[:, policy.spec.executed]
         return Explored(actions, {"chunk": a, "log_prob": self._log_prob(gaussian, a)})

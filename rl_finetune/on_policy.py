@@ -114,13 +114,13 @@ class OnPolicy:
                 progress.iteration += 1
                 times = self._times(collected - started, time.perf_counter() - collected)
                 log.log(progress.env_steps, {**self.episodes.numbers(), **numbers, **times})
-                if self._due(config.evaluate_every):
-                    self._evaluate(evaluate, log)
-                saving = self._due(config.save_every) or self._best_unsaved
-                # What runs in a simulator is in no checkpoint: so that resuming is exact, episodes end at one.
-                if saving or progress.iteration % config.restart_every == 0:
+                judging, saving = self._due(config.evaluate_every), self._due(config.save_every)
+                # What runs in a simulator is in no checkpoint: for exact resuming, episodes end where one may be.
+                if judging or saving or progress.iteration % config.restart_every == 0:
                     self._restart()
-                if saving:
+                if judging:
+                    self._evaluate(evaluate, log)
+                if saving or self._best_unsaved:
                     self.save()
             self._restart()
             self.save()
@@ -133,9 +133,10 @@ class OnPolicy:
             self.obs = self.env.reset(itertools.count(progress.next_seed + processes.rank, processes.count))
             self.episodes = Episodes(self.env.num_envs, self.env.device)
         self.algorithm.progress = min(1.0, progress.env_steps / self.config.env_steps)
-        rollout, self.obs, env_steps = collect(
+        rollout, env_steps = collect(
             self.algorithm, self.env, self.obs, self.config.decisions, self.generator, self.episodes
         )
+        self.obs = rollout.next_obs
         progress.env_steps += round(processes.total(env_steps))
         progress.decisions += self.decisions
         return rollout
@@ -176,7 +177,8 @@ class OnPolicy:
         try:
             self._load_state(state)
         except (KeyError, TypeError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+            # What torch says in its first line is only which module it was.
+            reason = str(error).splitlines()[-1].strip()
             raise FinetuneError(
                 f"{folder}: the training state does not fit ({reason}): it cannot be resumed"
             ) from error

@@ -34,11 +34,10 @@ class OnPolicyConfig:
         target_kl: an iteration's update ends when the policy has moved this far.
         max_kl: the run ends, with the last checkpoint kept, when it has moved this far.
         compile: run the policy's network through torch.compile.
-        measure_signal: compare the gradients of two halves of the environments, which costs one more minibatch.
         evaluate_every: iterations between evaluations on unseen seeds, 0 for none; the first comes before any update.
         save_every: iterations between checkpoints.
         restart_every: iterations after which all environments start new episodes. What runs in a simulator cannot be
-            saved, so they do as well whenever a checkpoint is.
+            saved, so they do as well whenever the policy is judged or a checkpoint saved.
 
     Raises:
         FinetuneError: a value is out of its range.
@@ -60,7 +59,6 @@ class OnPolicyConfig:
     target_kl: float = 0.001
     max_kl: float = 0.1
     compile: bool = False
-    measure_signal: bool = True
     evaluate_every: int = 10
     save_every: int = 10
     restart_every: int = 1

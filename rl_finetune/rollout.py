@@ -17,9 +17,14 @@ from flowsteer.sim.vec_env import Observation, StepResult, VecEnv
 @final
 @dataclass(frozen=True)
 class Rollout:
-    """S decisions of each of N environments, every tensor [S, N, ...].
+    """S decisions of each of N environments, every tensor [S, N, ...] where nothing else is said.
 
-    obs, final_obs: before the chunk and at its true end.
+    A chunk leads to the observation of the next decision, but where an episode ended it led to one of E others.
+
+    obs: before the chunk.
+    features: the same, encoded by the policy that collected [S, N, To, F].
+    ended_obs: the true last observations [E, To, ...] of the episodes that ended, in the order of `ended.nonzero()`.
+    next_obs: that the last decisions led to [N, To, ...], as far as their episodes go on.
     memory: the algorithm's.
     reward: sum over the chunk.
     terminated: the episode ended by the task's rule; `ended`: for whatever reason.
@@ -27,7 +32,9 @@ class Rollout:
     """
 
     obs: Observation
-    final_obs: Observation
+    features: Tensor
+    ended_obs: Observation
+    next_obs: Observation
     memory: Memory
     reward: Tensor
     terminated: Tensor
@@ -80,52 +87,57 @@ def collect(
     decisions: int,
     generator: torch.Generator,
     episodes: Episodes,
-) -> tuple[Rollout, Observation, int]:
+) -> tuple[Rollout, int]:
     """Make `decisions` decisions in every environment, from `obs` on.
 
     Returns:
-        The rollout, the observation to go on from, and the number of env steps.
+        The rollout and the number of env steps; `rollout.next_obs` is where to go on from.
 
     Raises:
         FinetuneError: an observation or reward is not finite; names the environment and the seed of its episode.
     """
-    observed, final, memories, results = [], [], [], []
-    _check_finite(obs, lambda: env.seeds)
+    observed, encoded, ended_obs, memories, results = [], [], [], [], []
+    _check_finite((obs, lambda: env.seeds))
     for _ in range(decisions):
-        explored = algorithm.explore(obs, generator)
+        features = algorithm.policy.features(obs)
+        explored = algorithm.explore(obs, features, generator)
         result = env.step_chunk(explored.actions)
-        seeds = result.info["seed"]
-        _check_finite({"reward": result.reward_sum, **result.final_obs}, seeds.tolist)
-        _check_finite(result.obs, lambda: env.seeds)
+        led_to = {"reward": result.reward_sum, **result.final_obs}
+        _check_finite((led_to, result.info["seed"].tolist), (result.obs, lambda: env.seeds))
         observed.append(obs)
-        final.append(result.final_obs)
+        encoded.append(features)
+        ended_obs.append({key: value[result.ended] for key, value in result.final_obs.items()})
         memories.append(explored.memory)
         results.append(result)
         episodes.add(result)
         obs = result.obs
     rollout = Rollout(
-        _stack(observed),
-        _stack(final),
-        _stack(memories),
+        _joined(observed, torch.stack),
+        torch.stack(encoded),
+        _joined(ended_obs, torch.cat),
+        obs,
+        _joined(memories, torch.stack),
         torch.stack([result.reward_sum for result in results]),
         torch.stack([result.terminated for result in results]),
         torch.stack([result.ended for result in results]),
         torch.stack([~result.info["lost"] for result in results]),
     )
-    return rollout, obs, int(torch.stack([result.info["env_steps"] for result in results]).sum())
+    return rollout, int(torch.stack([result.info["env_steps"] for result in results]).sum())
 
 
-def _stack(steps: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
+def _joined(steps: list[dict[str, Tensor]], join: Callable[[list[Tensor]], Tensor]) -> dict[str, Tensor]:
+    return {name: join([step[name] for step in steps]) for name in steps[0]}
 
 
-def _check_finite(arrays: Mapping[str, Tensor], seeds: Callable[[], Sequence[int]]) -> None:
-    """Of environments [N] with these episodes; what else loses an episode leaves no such number."""
-    numbers = {name: value for name, value in arrays.items() if value.dtype.is_floating_point}
+def _check_finite(*groups: tuple[Mapping[str, Tensor], Callable[[], Sequence[int]]]) -> None:
+    """Of environments [N], each group with its episodes; what else loses an episode leaves no such number."""
+    numbers = [
+        (name, value, seeds) for arrays, seeds in groups for name, value in arrays.items() if value.is_floating_point()
+    ]
     # Sums instead of a mask of every element, and one question for all: they are not finite if any of them is not.
-    if not numbers or bool(torch.stack([value.sum() for value in numbers.values()]).isfinite().all()):
+    if not numbers or bool(torch.stack([value.sum() for _, value, _ in numbers]).isfinite().all()):
         return
-    for name, value in numbers.items():
+    for name, value, seeds in numbers:
         bad = ~value.reshape(len(value), -1).isfinite().all(1)
         if bad.any():
             i = int(bad.nonzero()[0])

@@ -56,3 +56,8 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sqrt": lambda x: x.flatten(1).sum(1) / math.sqrt(x[0].numel()),
 }
 """Elementwise log-probabilities or losses [R, Ta, Da] -> [R]. A clip range means nothing without the reduction."""
+
+
+def scale_of(reduce: Callable[[Tensor], Tensor], steps: int, action_dim: int) -> float:
+    """What a reduction makes of ones."""
+    return reduce(torch.ones(1, steps, action_dim)).item()

@@ -20,7 +20,8 @@ from flowsteer.rl_finetune.trust_region import kl_estimate
 from flowsteer.sim.vec_env import Observation
 
 SAME_POLICY = 1e-4
-"""Largest |log ratio| before anything has been learnt: more, and the update is not of the policy that collected."""
+"""Largest |log ratio| before anything has been learnt: more, and the update is not of the policy that collected. Of
+a mean over a chunk's elements; a sum of them has as much more rounding."""
 MICRO_BATCH, MICRO_BATCH_ON_GPU = 1250, 20_000
 """Rows at a time. On a CPU what they leave behind stays in the caches, and in memory that is used again."""
 LOOKED_AT = 1000
@@ -88,8 +89,10 @@ class Update:
         """
         sample, numbers = self.sample(rollout)
         if not critic_alone:
-            numbers |= self._check_first(sample, rollout.reward.shape[1])
-            numbers |= self._update_policy(sample)
+            numbers |= self._update_policy(sample, rollout.reward.shape[1])
+            if self.algorithm.train_encoder:
+                # The critic learns from what it will be asked: the observations as they are encoded from now on.
+                sample = sample._replace(features=self._encode(sample.obs, rollout.reward.shape[1]))
         numbers["train/value_loss"] = self._update_critic(sample)
         self._check_finite()
         return numbers
@@ -107,8 +110,10 @@ class Update:
                 "the simulator lost the episode of every decision of an iteration, so there is nothing to learn from: "
                 "the warnings above say why; the last checkpoint is kept"
             )
-        features, final = self._encode(rollout.obs), self._encode(rollout.final_obs)
-        value, next_value = (self.critic(part.flatten(0, 1)).view_as(reward) for part in (features, final))
+        features = rollout.features
+        value, next_value = (
+            self.critic(part.flatten(0, 1)).view_as(reward) for part in (features, self._led_to(rollout))
+        )
         if config.scale_rewards:
             known = torch.where(rollout.kept, reward, 0.0)
             self.reward_scale.update(self.processes.gather(known), self.processes.gather(rollout.ended))
@@ -129,14 +134,18 @@ class Update:
         numbered = kept.nonzero()[:, 0]
         return Sample(obs, features.flatten(0, 1), rollout.flat_memory, normalized, target, numbered), numbers
 
-    def _update_policy(self, sample: Sample) -> dict[str, float]:
+    def _update_policy(self, sample: Sample, num_envs: int) -> dict[str, float]:
         """Epochs over shuffled rows, until the policy has moved as far as it may."""
         rows, steps, taken = self.algorithm.rows, [], []
-        kl = 0.0
+        numbers, kl = {}, 0.0
         for batch in self._minibatches(len(sample.kept), rows, self.config.batch_size):
             # A decision's rows side by side: it is encoded in one part of the minibatch, not in several.
             batch = batch.sort().values
-            step = self._accumulate(sample, batch)
+            self.optimizer.zero_grad(set_to_none=True)
+            if steps:
+                step = self._accumulate(sample, batch)
+            else:
+                batch, step, numbers = self._first_minibatch(sample, batch, num_envs)
             # Of the steps taken so far, on rows that are as good as new; augmentation is no step.
             kl = self._kl(self._look(sample, batch) if self.algorithm.train_encoder else step.log_ratio)
             if kl > self.config.target_kl:
@@ -147,7 +156,7 @@ class Update:
             taken.append(batch % rows)
         else:
             kl = self._kl(self._look(sample, batch))
-        numbers = _numbers(steps, torch.cat(taken), rows) if steps else {}
+        numbers |= _numbers(steps, torch.cat(taken), rows) if steps else {}
         return {"train/kl": kl, "train/minibatches": float(len(steps)), **numbers}
 
     def _descend(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
@@ -156,15 +165,48 @@ class Update:
         nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)
         optimizer.step()
 
-    def _accumulate(self, sample: Sample, batch: Tensor) -> Step:
-        """The gradients of a minibatch, one part after the other, so that its size costs no memory."""
-        self.optimizer.zero_grad(set_to_none=True)
+    def _first_minibatch(self, sample: Sample, batch: Tensor, num_envs: int) -> tuple[Tensor, Step, dict[str, float]]:
+        """The gradients of an iteration's first minibatch, in its halves of the one and the other environments.
+
+        The new policy is still the old one there, so that all ratios are 1. The cosine of the halves' gradients tells
+        what there is to learn: near 0 they are noise.
+        """
+        side = sample.kept[batch // self.algorithm.rows] % num_envs % 2
+        halves = [half for which in (0, 1) if len(half := batch[side == which])]
+        steps, sums = [], []
+        for half in halves:
+            steps.append(self._accumulate(sample, half, len(half) / len(batch)))
+            sums.append(self._gradient())
+        batch, step = torch.cat(halves), Step.sum(steps)
+        numbers = {"train/first_log_ratio": self._check_same(sample, batch, step)}
+        if len(halves) == 2:
+            numbers["train/signal"] = functional.cosine_similarity(sums[0], sums[1] - sums[0], dim=0).item()
+        return batch, step, numbers
+
+    def _check_same(self, sample: Sample, batch: Tensor, step: Step) -> float:
+        """The largest |log ratio| of rows that nothing has been learnt from; augmentation apart."""
+        log_ratio = self._log_ratios(sample, batch) if self.algorithm.train_encoder else step.log_ratio
+        largest = log_ratio.abs().max().item()
+        if not largest < SAME_POLICY * self.algorithm.scale:
+            raise FinetuneError(
+                f"before the first update the log-ratio is {largest:.3g} where it must be 0: "
+                "the update does not see the policy that collected the data"
+            )
+        return largest
+
+    def _gradient(self) -> Tensor:
+        """A copy of what has been accumulated, flat; weights that have no part in it have 0."""
+        gradients = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.learning)
+        return torch.cat([gradient.flatten() for gradient in gradients])
+
+    def _accumulate(self, sample: Sample, batch: Tensor, of_all: float = 1.0) -> Step:
+        """Add the gradients of a minibatch, or of a share of one, part after part, so that its size costs no memory."""
         encoder, steps = self.algorithm.policy.encoder, []
         # In training mode it augments, which is for minibatches alone.
         encoder.train(self.algorithm.train_encoder)
         try:
             for part in torch.split(batch, self.micro_batch_size):
-                step, share = self.step(sample, part), len(part) / len(batch)
+                step, share = self.step(sample, part), of_all * len(part) / len(batch)
                 (share * step.loss).backward()  # type: ignore[no-untyped-call]
                 steps.append(step.scaled(share))
         finally:
@@ -200,39 +242,19 @@ class Update:
             order = torch.randperm(kept * rows, generator=self.generator, device=self.generator.device)
             yield from order.tensor_split(count)
 
-    def _check_first(self, sample: Sample, num_envs: int) -> dict[str, float]:
-        """Before the first update the new policy is the old one, so that all ratios are 1."""
-        batch = next(self._minibatches(len(sample.kept), self.algorithm.rows, self.config.batch_size)).sort().values
-        largest = self._log_ratios(sample, batch).abs().max().item()
-        if not largest < SAME_POLICY:
-            raise FinetuneError(
-                f"before the first update the log-ratio is {largest:.3g} where it must be 0: "
-                "the update does not see the policy that collected the data"
-            )
-        return {"train/first_log_ratio": largest, **self._signal(sample, batch, num_envs)}
+    def _led_to(self, rollout: Rollout) -> Tensor:
+        """Features [S, N, To, F] of the observation at the end of each chunk."""
+        num_envs = rollout.reward.shape[1]
+        led_to = torch.cat([rollout.features[1:], self._encode(rollout.next_obs, num_envs)[None]])
+        if len(next(iter(rollout.ended_obs.values()))):
+            led_to[rollout.ended] = self._encode(rollout.ended_obs, num_envs)
+        return led_to
 
-    def _signal(self, sample: Sample, batch: Tensor, num_envs: int) -> dict[str, float]:
-        """The cosine of the gradients of two halves of a minibatch, from different environments: near 0 it is noise."""
-        side = sample.kept[batch // self.algorithm.rows] % num_envs % 2
-        halves = [batch[side == half] for half in (0, 1)]
-        if not self.config.measure_signal or not all(map(len, halves)):
-            return {}
-        first, second = (self._gradient(sample, half) for half in halves)
-        return {"train/signal": functional.cosine_similarity(first, second, dim=0).item()}
-
-    def _gradient(self, sample: Sample, batch: Tensor) -> Tensor:
-        total = torch.zeros((), device=batch.device)
-        for part in torch.split(batch, self.micro_batch_size):
-            loss = len(part) / len(batch) * self.step(sample, part).loss
-            # What a part does not use has a gradient of 0: other parts may.
-            gradients = torch.autograd.grad(loss, self.learning, allow_unused=True, materialize_grads=True)
-            total = total + torch.cat([gradient.flatten() for gradient in gradients])
-        return total
-
-    def _encode(self, obs: Observation) -> Tensor:
-        """Features [S, N, To, F] of observations {key: [S, N, To, ...]}, one decision of all environments at a time."""
-        policy, decisions = self.algorithm.policy, len(next(iter(obs.values())))
-        return torch.stack([policy.features({key: array[s] for key, array in obs.items()}) for s in range(decisions)])
+    @torch.no_grad()
+    def _encode(self, obs: Observation, size: int) -> Tensor:
+        """Features [B, To, F] of observations {key: [B, To, ...]}, `size` at a time."""
+        parts = zip(*(torch.split(array, size) for array in obs.values()), strict=True)
+        return torch.cat([self.algorithm.policy.features(dict(zip(obs, part, strict=True))) for part in parts])
 
     def _look(self, sample: Sample, batch: Tensor) -> Tensor:
         """Log-ratios of some rows of a minibatch, enough to tell a KL."""

@@ -104,6 +104,12 @@ def test_what_is_no_earlier_result_is_refused(tmp_path: Path, capsys: pytest.Cap
     assert "none.json: No such file" in capsys.readouterr().err
 
 
+def test_a_seed_that_is_there_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [make_run(tmp_path / f"run{number}", 0, 0.8, None, lr=0.1 + number) for number in (0, 1)]
+    assert bench(tmp_path / "out", f"runs=[{runs[0]},{runs[1]}]") == 2
+    assert "runs= has arm_lift: DPPO, FlowPolicy twice with seed 0: gather them apart" in capsys.readouterr().err
+
+
 def test_runs_that_learn_in_different_ways_are_no_seeds_of_one_experiment(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

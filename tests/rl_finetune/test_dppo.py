@@ -29,7 +29,7 @@ def make(policy, floor=0.1, **options):
 def test_before_an_update_all_ratios_are_one(make_policy, observe, generator, family):
     algorithm = make(make_policy(family), fine_tuned_steps=3)
     obs = observe()
-    _, memory = algorithm.explore(obs, generator)
+    _, memory = algorithm.explore(obs, algorithm.policy.features(obs), generator)
     decision, row = rows_of(memory, 3)
     step = algorithm.step(algorithm.policy.features(obs), memory, decision, row, torch.ones(len(row)))
     assert step.log_ratio.abs().max() < 1e-5
@@ -40,7 +40,7 @@ def test_the_log_probability_of_a_chain_by_hand(make_policy, observe, generator)
     policy = make_policy("flow")
     algorithm = make(policy, fine_tuned_steps=2, reduction="sum", noise_limit=1e9)
     obs = observe()
-    _, memory = algorithm.explore(obs, generator)
+    _, memory = algorithm.explore(obs, algorithm.policy.features(obs), generator)
     cond = policy.encode(obs)
     for i, k in enumerate((2, 3)):
         x, following = memory["chain"][:, i], memory["chain"][:, i + 1]
@@ -53,7 +53,8 @@ def test_the_log_probability_of_a_chain_by_hand(make_policy, observe, generator)
 
 def test_actions_are_the_executed_part_of_the_last_sample(make_policy, observe, generator):
     policy = make_policy("diffusion")
-    actions, memory = make(policy, fine_tuned_steps=2).explore(observe(), generator)
+    obs = observe()
+    actions, memory = make(policy, fine_tuned_steps=2).explore(obs, policy.features(obs), generator)
     torch.testing.assert_close(actions, 2.0 * memory["chain"][:, -1, :2])
 
 
@@ -61,7 +62,7 @@ def test_the_loss_by_hand(make_policy, observe, generator):
     # Old log-probabilities moved by hand to log-ratios of +0.5 and -0.5 on the two steps; clip 0.1 at both.
     algorithm = make(make_policy("flow"), fine_tuned_steps=2, clip_first=0.1, clip_last=0.1, denoising_discount=0.5)
     obs = observe(1)
-    _, memory = algorithm.explore(obs, generator)
+    _, memory = algorithm.explore(obs, algorithm.policy.features(obs), generator)
     memory["log_prob"] = memory["log_prob"] - torch.tensor([[0.5, -0.5]])
     features = algorithm.policy.features(obs)
     decision, row = rows_of(memory, 2)
@@ -75,7 +76,7 @@ def test_the_loss_by_hand(make_policy, observe, generator):
 def test_one_step_may_be_tuned_alone(make_policy, observe, generator):
     algorithm = make(make_policy("diffusion"), fine_tuned_steps=1)
     obs = observe()
-    _, memory = algorithm.explore(obs, generator)
+    _, memory = algorithm.explore(obs, algorithm.policy.features(obs), generator)
     zeros = torch.zeros(6, dtype=torch.long)
     step = algorithm.step(algorithm.policy.features(obs), memory, torch.arange(6), zeros, torch.randn(6))
     step.loss.backward()
@@ -90,7 +91,7 @@ def test_the_acting_policy_equals_the_chain_without_extra_noise(make_policy, obs
     for parameter in policy.network.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     obs = observe()
-    actions, _ = algorithm.explore(obs, torch.Generator().manual_seed(3))
+    actions, _ = algorithm.explore(obs, policy.features(obs), torch.Generator().manual_seed(3))
     acted = algorithm.acting().act(obs, generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(acted, actions, atol=1e-4, rtol=1e-4)
 
@@ -161,7 +162,7 @@ def test_a_guarded_ratio_knows_the_floor_and_hides_no_kl(make_policy, observe, g
     plain = algorithm._log_prob(new, x) - algorithm._log_prob(before, x)
     assert algorithm._guarded(plain, new, old).mean().item() == pytest.approx(0, abs=0.01)
     obs = observe()
-    _, memory = algorithm.explore(obs, generator)
+    _, memory = algorithm.explore(obs, algorithm.policy.features(obs), generator)
     decision, row = rows_of(memory, 1)
     memory["log_prob"] = memory["log_prob"] - 0.25
     step = algorithm.step(algorithm.policy.features(obs), memory, decision, row, torch.ones(len(row)))
@@ -176,7 +177,7 @@ def test_ten_steps_are_tuned_or_all_there_are(make_policy):
 def test_the_anchor_is_zero_at_the_cloned_policy_and_grows_away_from_it(make_policy, observe, generator):
     algorithm = make(make_policy("flow"), fine_tuned_steps=2, anchor=1.0)
     obs = observe()
-    _, memory = algorithm.explore(obs, generator)
+    _, memory = algorithm.explore(obs, algorithm.policy.features(obs), generator)
     decision, row = rows_of(memory, 2)
     arguments = (algorithm.policy.features(obs), memory, decision, row, torch.zeros(len(row)))
     assert algorithm.step(*arguments).loss.item() == pytest.approx(0, abs=1e-9)
@@ -189,24 +190,27 @@ def test_the_anchor_is_zero_at_the_cloned_policy_and_grows_away_from_it(make_pol
 
 def test_noise_floors_by_hand():
     floor = NoiseFloor(3, 2, 2, first=0.3, last=0.1, final_share=0.5)
-    std, features = torch.full((3, 1, 1), 0.15), torch.zeros(3, 1, 2)
-    row = torch.tensor([0, 1, 2])
-    assert floor(std, row, features, 0.0).flatten().tolist() == pytest.approx([0.3, 0.2, 0.15])
+    std, features = torch.full((3, 1, 1), 0.15), torch.zeros(5, 1, 2)
+    levels = floor.levels(features, 0.0)
+    assert levels.shape == (5, 3, 1)
+    assert floor(std, levels[0][:, None]).flatten().tolist() == pytest.approx([0.3, 0.2, 0.15])
     # At the end of training half of it.
-    assert floor(std, row, features, 1.0).flatten().tolist() == pytest.approx([0.15, 0.15, 0.15])
+    halved = floor.levels(features, 1.0)[0][:, None]
+    assert floor(std, halved).flatten().tolist() == pytest.approx([0.15, 0.15, 0.15])
 
 
 def test_learned_noise_stays_in_its_bounds_and_learns(make_policy, observe, generator):
     algorithm = DPPO(make_policy("flow"), partial(LearnedNoise, low=0.05, high=0.2), fine_tuned_steps=2)
     obs = observe()
-    _, memory = algorithm.explore(obs, generator)
+    _, memory = algorithm.explore(obs, algorithm.policy.features(obs), generator)
     decision, row = rows_of(memory, 2)
     features = algorithm.policy.features(obs)
-    std = algorithm.exploration(torch.zeros(1), row, features[decision], 0.0)
-    assert std.shape == (12, 1, 2)
-    assert bool(((std >= 0.05) & (std <= 0.2)).all())
-    both = algorithm.exploration(torch.full((1,), 0.3), row, features[decision], 0.0)
-    torch.testing.assert_close(both, (std.square() + 0.09).sqrt())
+    levels = algorithm.exploration.levels(features, 0.0)
+    assert levels.shape == (6, 2, 2)
+    assert bool(((levels >= 0.05) & (levels <= 0.2)).all())
+    torch.testing.assert_close(algorithm.exploration(torch.zeros(1), levels), levels)
+    both = algorithm.exploration(torch.full((1,), 0.3), levels)
+    torch.testing.assert_close(both, (levels.square() + 0.09).sqrt())
     algorithm.step(features, memory, decision, row, torch.randn(12)).loss.backward()
     assert any(p.grad.abs().sum() > 0 for p in algorithm.exploration.parameters())
 
@@ -217,6 +221,8 @@ def test_learned_noise_stays_in_its_bounds_and_learns(make_policy, observe, gene
         ({"fine_tuned_steps": 5}, "algo.fine_tuned_steps must be from 1 to the 4 denoising steps, got 5"),
         ({"fine_tuned_steps": 0}, "algo.fine_tuned_steps must be from 1 to the 4 denoising steps, got 0"),
         ({"log_prob_limits": (2.0, -5.0)}, "algo.log_prob_limits must be [low, high], got [2.0, -5.0]"),
+        ({"log_prob_limits": (-5.0,)}, "algo.log_prob_limits must be [low, high], got [-5.0]"),
+        ({"log_prob_limits": (-5.0, 2.0, 3.0)}, "algo.log_prob_limits must be [low, high], got [-5.0, 2.0, 3.0]"),
         (
             {"log_prob_limits": (-5.0, 2.0), "normalize_ratio": True},
             "algo.normalize_ratio takes whole log-probabilities: leave algo.log_prob_limits out",
@@ -258,7 +264,8 @@ def test_without_eta_only_exploration_is_random_and_the_judged_policy_is_not(mak
     noise = torch.randn(6, 4, 2)
     first, second = (algorithm.acting().act(observe(), noise=noise, generator=g) for g in seeds)
     torch.testing.assert_close(first, second)
-    _, memory = algorithm.explore(observe(), seeds[0])
+    obs = observe()
+    _, memory = algorithm.explore(obs, algorithm.policy.features(obs), seeds[0])
     moved = memory["chain"][:, 1:] - memory["mean"]
     assert 0.02 < moved.std() < 0.08
 
@@ -275,7 +282,21 @@ def test_log_probabilities_may_have_a_floor_and_limits_of_their_own(make_policy,
     assert algorithm._log_prob(gaussian, x).item() == pytest.approx((3 * at_mean - 1.0) / 4)
 
 
-@pytest.mark.parametrize(("family", "name"), [("gaussian", "GaussianPolicy"), ("ebt", "EnergyPolicy")])
-def test_a_policy_without_denoise_is_refused(make_policy, family, name):
-    with pytest.raises(FinetuneError, match=rf"algo=dppo needs a policy that denoises .* class {name}; algo=ppo takes"):
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("gaussian", "class GaussianPolicy; algo=ppo takes it"),
+        ("ebt", "class EnergyPolicy; no algorithm here takes it: clone one that denoises"),
+    ],
+)
+def test_a_policy_without_denoise_is_refused(make_policy, family, reason):
+    with pytest.raises(FinetuneError, match=rf"algo=dppo needs a policy that denoises .* {reason}"):
         make(make_policy(family))
+
+
+@pytest.mark.parametrize(("options", "copies"), [({}, 1), ({"fine_tuned_steps": 2}, 2), ({"anchor": 1.0}, 2)])
+def test_the_cloned_policy_is_kept_only_where_it_is_needed(make_policy, options, copies):
+    policy = make_policy("flow")
+    algorithm = make(policy, **options)
+    weights = sum(p.numel() for p in policy.parameters())
+    assert sum(p.numel() for p in algorithm.parameters()) == copies * weights

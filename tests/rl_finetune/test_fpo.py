@@ -9,7 +9,7 @@ from flowsteer.rl_finetune.fpo import FPO
 
 def explored(algorithm, observe, generator, rows=6):
     obs = observe(rows)
-    actions, memory = algorithm.explore(obs, generator)
+    actions, memory = algorithm.explore(obs, algorithm.policy.features(obs), generator)
     return actions, memory, algorithm.policy.features(obs)
 
 
@@ -103,11 +103,26 @@ def test_huber_and_the_limits_by_hand(make_policy, observe, generator):
 
 def test_perturbation_moves_the_actions(make_policy, observe):
     policy = make_policy("flow")
-    still, moved = (
-        FPO(policy, perturbation=p).explore(observe(), torch.Generator().manual_seed(0)).actions for p in (0.0, 0.1)
+    obs = observe()
+    still, moved, usual = (
+        FPO(policy, perturbation=p).explore(obs, policy.features(obs), torch.Generator().manual_seed(0)).actions
+        for p in (0.0, 0.1, None)
     )
     # 0.1 of the normalised range is 0.2 of the physical one.
     assert 0.05 < (still - moved).std() < 0.5
+    torch.testing.assert_close(usual, moved)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sqrt", "sum"])
+def test_the_limit_of_the_loss_leaves_a_trust_region_whatever_the_reduction(make_policy, observe, generator, reduction):
+    """The limit is of a mean error: a sum over 200 elements is above 20 for every network, and its ratios all 1."""
+    algorithm = FPO(make_policy("flow"), pairs=4, reduction=reduction, loss_limit=0.3)
+    _, memory, features = explored(algorithm, observe, generator)
+    for parameter in algorithm.policy.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+    rows = torch.arange(6)
+    step = algorithm.step(features, memory, rows, torch.zeros_like(rows), torch.ones(6))
+    assert (step.log_ratio != 0).any()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ NONE = torch.zeros(6, dtype=torch.long)
 def test_before_an_update_all_ratios_are_one(make_policy, observe, generator):
     algorithm = GaussianPPO(make_policy("gaussian"))
     obs = observe()
-    _, memory = algorithm.explore(obs, generator)
+    _, memory = algorithm.explore(obs, algorithm.policy.features(obs), generator)
     step = algorithm.step(algorithm.policy.features(obs), memory, torch.arange(6), NONE, torch.ones(6))
     assert step.log_ratio.abs().max() < 1e-5
 
@@ -20,7 +20,7 @@ def test_before_an_update_all_ratios_are_one(make_policy, observe, generator):
 def test_log_probabilities_are_those_of_the_executed_part(make_policy, observe, generator):
     policy = make_policy("gaussian")
     obs = observe()
-    actions, memory = GaussianPPO(policy).explore(obs, generator)
+    actions, memory = GaussianPPO(policy).explore(obs, policy.features(obs), generator)
     gaussian = policy.distribution(policy.features(obs))
     normal = torch.distributions.Normal(gaussian.mean, gaussian.std.expand_as(gaussian.mean))
     expected = normal.log_prob(memory["chunk"])[:, :2].sum((1, 2))
@@ -31,7 +31,7 @@ def test_log_probabilities_are_those_of_the_executed_part(make_policy, observe, 
 def test_the_loss_by_hand(make_policy, observe, generator):
     algorithm = GaussianPPO(make_policy("gaussian"), entropy=0.5)
     obs = observe(1)
-    _, memory = algorithm.explore(obs, generator)
+    _, memory = algorithm.explore(obs, algorithm.policy.features(obs), generator)
     memory["log_prob"] = memory["log_prob"] - math.log(2)
     step = algorithm.step(algorithm.policy.features(obs), memory, NONE[:1], NONE[:1], torch.ones(1))
     # Ratio 2, clipped at 1.2; the log of the deviation starts at -1.
