@@ -86,6 +86,7 @@ def finetune_policy(config: DictConfig, folder: Path) -> Outcome:
         log = open_log(config, folder, config.train.env_steps, began, accelerator, stack, unit="env steps")
         if accelerator.is_main_process:
             print(loop.algorithm.headline)
+            print(_size_of_iteration(loop))
             _warn_of_short_iterations(loop)
         finished = loop.train(log, evaluate)
     return Outcome(finished, progress.env_steps, progress.best_score or 0.0, began)
@@ -96,6 +97,11 @@ def _suit_untrained(config: DictConfig) -> None:
     for name, value in UNTRAINED.items():
         if name in config.algo and config.algo[name] is None:
             config.algo[name] = value
+
+
+def _size_of_iteration(loop: OnPolicy) -> str:
+    steps, each = loop.algorithm.policy.spec.execution_steps, f"{loop.config.decisions} in each of {loop.env.num_envs}"
+    return f"an iteration: {loop.decisions:,} chunks of {steps} env steps, {each} environments"
 
 
 def _warn_of_short_iterations(loop: OnPolicy) -> None:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import os
-from typing import Any, final
+from typing import TYPE_CHECKING, final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flowsteer.sim.chunk import sane
 from flowsteer.sim.complaints import causes, heard
-from flowsteer.sim.environ import environment
-from flowsteer.sim.errors import EpisodeLostError, SimError, optional_module
+from flowsteer.sim.errors import EpisodeLostError, optional_module
 from flowsteer.sim.tasks.base import Array, Arrays, SingleEnv, Step
-from flowsteer.sim.tasks.gymnasium_env import REMEDY, RENDER_SIZE
+from flowsteer.sim.tasks.gymnasium_env import RENDER_SIZE
 from flowsteer.sim.tasks.mujoco_task import MujocoTask, State
 from flowsteer.sim.tasks.randomization import Randomization
+
+if TYPE_CHECKING:
+    # Needs MuJoCo, whose absence is told when an environment is made.
+    from flowsteer.sim.tasks.offscreen import OffscreenRenderer
 
 SHADOW_MAP = 1024
 """Pixels a side. Of MuJoCo's usual 4096 a picture without a GPU takes four times as long, and looks the same."""
@@ -34,7 +36,7 @@ class MujocoEnv(SingleEnv):
         """MuJoCo's own count of each kind."""
         self._complaints: list[str] = []
         self._randomization = Randomization(self._model, task.randomize)
-        self._renderer: Any = None
+        self._renderer: OffscreenRenderer | None = None
 
     def reset(self, seed: int) -> Arrays:
         """Start the episode of `seed`."""
@@ -74,18 +76,12 @@ class MujocoEnv(SingleEnv):
         Raises:
             SimError: no graphics library, with the remedy.
         """
-        library = os.environ.get("MUJOCO_GL") or "egl"
-        try:
-            with environment({"MUJOCO_GL": library}):
-                if self._renderer is None:
-                    self._model.vis.quality.shadowsize = SHADOW_MAP
-                    self._renderer = self._mujoco.Renderer(self._model, RENDER_SIZE, RENDER_SIZE)
-                camera = -1 if self._task.camera is None else self._task.camera
-                self._renderer.update_scene(self._data, camera)
-                picture: NDArray[np.uint8] = self._renderer.render()
-        except Exception as error:  # each library fails in its own way: ImportError, AttributeError, GLError
-            raise SimError(f"cannot render off screen with MUJOCO_GL={library} ({error}): {REMEDY}") from error
-        return picture
+        if self._renderer is None:
+            from flowsteer.sim.tasks.offscreen import OffscreenRenderer
+
+            self._model.vis.quality.shadowsize = SHADOW_MAP
+            self._renderer = OffscreenRenderer(self._model, RENDER_SIZE)
+        return self._renderer.render(self._data, self._task.camera, RENDER_SIZE)
 
     def project(self, actions: Array) -> NDArray[np.float64] | None:
         """As the task says."""

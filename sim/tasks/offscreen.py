@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import importlib
 import os
+from collections.abc import Sequence
 from typing import Any, final
 
 import mujoco
@@ -20,7 +21,7 @@ REMEDY = "install libegl1, libgl1 and libgl1-mesa-dri (software rendering), or s
 
 @final
 class OffscreenRenderer:
-    """Renders fixed cameras; `MUJOCO_GL` chooses the library, EGL by default.
+    """Renders what a camera sees; `MUJOCO_GL` chooses the library, EGL by default.
 
     `mujoco.Renderer` would do, but it chooses its library when MuJoCo is first imported, and so takes a window
     system for granted where nobody set `MUJOCO_GL` in time.
@@ -28,12 +29,13 @@ class OffscreenRenderer:
     Args:
         model: the compiled simulation.
         size: side of the largest picture, in pixels.
+        hidden_groups: of geoms that are not to be seen.
 
     Raises:
         SimError: no graphics library, with the remedy.
     """
 
-    def __init__(self, model: mujoco.MjModel, size: int) -> None:
+    def __init__(self, model: mujoco.MjModel, size: int, hidden_groups: Sequence[int] = ()) -> None:
         self._model = model
         model.vis.global_.offwidth = max(model.vis.global_.offwidth, size)
         model.vis.global_.offheight = max(model.vis.global_.offheight, size)
@@ -43,17 +45,18 @@ class OffscreenRenderer:
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._mujoco)
         self._scene = mujoco.MjvScene(model, maxgeom=2000)
         self._options = mujoco.MjvOption()
-        # robosuite keeps collision shapes in geom group 0 and what is meant to be seen in group 1.
-        self._options.geomgroup[0] = 0
+        self._options.geomgroup[list(hidden_groups)] = 0
         self._camera = mujoco.MjvCamera()
-        self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        mujoco.mjv_defaultFreeCamera(model, self._camera)
         # MuJoCo ends EGL at exit; whoever forgot to close must be closed before that.
         atexit.register(self.close)
 
-    def render(self, data: mujoco.MjData, camera: str, size: int) -> NDArray[np.uint8]:
-        """The view of the named camera now, [size, size, 3], the first row on top."""
+    def render(self, data: mujoco.MjData, camera: str | None, size: int) -> NDArray[np.uint8]:
+        """The view of the named camera, or of MuJoCo's free one, now, [size, size, 3], the first row on top."""
         self._gl.make_current()
-        self._camera.fixedcamid = self._model.camera(camera).id
+        if camera is not None:
+            self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+            self._camera.fixedcamid = self._model.camera(camera).id
         everything = mujoco.mjtCatBit.mjCAT_ALL
         mujoco.mjv_updateScene(self._model, data, self._options, None, self._camera, everything, self._scene)
         view = mujoco.MjrRect(0, 0, size, size)

@@ -161,6 +161,17 @@ def test_bad_input_is_one_line_and_leaves_nothing(
             "algo=ppo needs policy=gaussian, this is of the class FlowPolicy; algo=d",
         ),
         ((f"checkpoint={trained}", "algo=dpo"), 2, "algo 'dpo' is unknown; nearest: dppo"),
+        (
+            (f"checkpoint={trained}", "policy=null"),
+            2,
+            "policy=null chooses nothing: leave policy= out (known: consistency, ",
+        ),
+        ((f"checkpoint={trained}", "exploration=null"), 2, "exploration=null chooses nothing: leave exploration= out"),
+        (
+            (f"checkpoint={trained}", "algo.log_prob_limits=[-5]"),
+            1,
+            "algo.log_prob_limits must be [low, high], got [-5",
+        ),
         # What is said of the task to learn in wins over what the task suggests.
         ((f"checkpoint={trained}", "+learn_in.reward=none"), 1, "pusht: reward 'none' is unknown, choose one of"),
         (
@@ -178,6 +189,52 @@ def test_bad_input_is_one_line_and_leaves_nothing(
         told = refused(capsys, *args, *([] if args and args[0].startswith("resume") else [*SHORT, out]), code=code)
         assert told.startswith(message), told
         assert not (tmp_path / "run").exists()
+
+
+def tell_perturbation(algorithm, *args, **options):
+    raise SimError(str(algorithm.perturbation))
+
+
+@pytest.mark.parametrize(
+    ("options", "perturbation"), [((), 0.3), (("algo.perturbation=0.2",), 0.2)], ids=["usual", "said"]
+)
+def test_from_nothing_fpo_explores_as_much_as_a_gaussian_does(tmp_path, capsys, monkeypatch, options, perturbation):
+    monkeypatch.setattr(finetuning, "OnPolicy", tell_perturbation)
+    choice = ("algo=fpo", "policy=flow", "policy.network.hidden=16", *HOPPER, *SHORT, *options)
+    pytest.importorskip("mujoco")
+    assert refused(capsys, *choice, f"out={tmp_path / 'run'}", code=1) == str(perturbation)
+
+
+def test_a_cloned_policy_is_explored_with_less(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(finetuning, "OnPolicy", tell_perturbation)
+    assert refused(capsys, f"checkpoint={trained}", "algo=fpo", *SHORT, f"out={tmp_path / 'run'}", code=1) == "0.1"
+
+
+def test_a_run_begins_by_saying_what_its_options_mean(trained, tmp_path, capsys):
+    options = (*SHORT, "train.env_steps=30", "train.decisions=20", f"out={tmp_path / 'run'}")
+    assert finetune(f"checkpoint={trained}", *options) == 0
+    first, second = capsys.readouterr().out.splitlines()[:2]
+    assert first.startswith("K = ")
+    assert first.endswith("(last step), and train.target_kl is of it too")
+    assert second == "an iteration: 80 chunks of 8 env steps, 20 in each of 4 environments"
+
+
+def test_who_never_sees_the_end_of_an_episode_is_warned(trained: Path, tmp_path: Path) -> None:
+    options = (
+        f"checkpoint={trained}",
+        "algo=fpo",
+        "algo.pairs=1",
+        *SHORT,
+        "train.env_steps=30",
+        f"out={tmp_path / 'run'}",
+    )
+    with pytest.warns(UserWarning, match=r"episodes start anew after 8 steps, before the \d+ of task 'pusht' are over"):
+        assert finetune(*options, "train.decisions=1") == 0
+
+
+def test_the_critic_of_a_run_stays(tuned: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = refused(capsys, f"resume={tuned}", "critic.hidden=[8]", code=2)
+    assert told.startswith("'critic.hidden=[8]' cannot go with resume=: the run was made with critic.hidden=[16]")
 
 
 def test_a_cloning_run_is_not_resumed_as_fine_tuning(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
