@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,15 +60,9 @@ def gather(config: DictConfig) -> dict[str, Any]:
     """`rows`: an algorithm on a policy each, over the seeds; `runs`: a run each, with its curve."""
     if config.score not in SCORES:
         raise unknown("score", config.score, SCORES)
-    here, earlier = [_run(folder, config.judged) for folder in check_runs(config.runs)], earlier_results(config.earlier)
+    folders, earlier = config.runs if config.earlier else check_runs(config.runs), earlier_results(config.earlier)
     known = [run for result in earlier for run in result.pop("runs")]
-    for first, *others in grouped(here, *ALIKE, "seed"):
-        if others:
-            raise UsageError(
-                f"runs= has {_label(first)} twice with seed {first['seed']}: gather them apart, with name="
-            )
-    # A run that is still there is taken from its folder.
-    runs = [group[-1] for group in grouped([*known, *here], *ALIKE, "seed")]
+    runs = [*known, *(_run(Path(folder), config.judged) for folder in folders)]
     groups = grouped(runs, *ALIKE)
     for group in groups:
         _check_alike(group)
@@ -109,20 +104,32 @@ def _options(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def _check_alike(runs: list[Run]) -> None:
-    """Refuse to call runs the seeds of one experiment where they learn in different ways.
+    """Refuse to call runs the seeds of one experiment where they are not.
 
     Raises:
-        UsageError: naming the first option that differs.
+        UsageError: a seed is there twice, or naming the first option that differs.
     """
-    known = [run for run in runs if "options" in run]
-    for run in known[1:]:
-        first, other = known[0]["options"], run["options"]
-        for name in sorted({*first, *other}):
-            if first.get(name) != other.get(name):
+    for first, run in itertools.combinations(runs, 2):
+        seeds = f"seeds {first['seed']} and {run['seed']} of {_label(run)}"
+        if first["seed"] == run["seed"]:
+            raise UsageError(f"{seeds} are one seed: gather the runs apart, with another name=")
+        one, other = _traits(first), _traits(run)
+        # Runs that were recorded before their options were say less.
+        for name in sorted(one.keys() & other.keys()):
+            if one[name] != other[name]:
                 raise UsageError(
-                    f"the runs of seeds {known[0]['seed']} and {run['seed']} of {_label(run)} differ in "
-                    f"{name} ({first.get(name)} and {other.get(name)}): gather them apart, with another name="
+                    f"{seeds} differ in {name} ({one[name]} and {other[name]}): "
+                    "gather the runs apart, with another name="
                 )
+
+
+def _traits(run: Run) -> dict[str, Any]:
+    """What seeds of one experiment share; a run ends within an iteration of its number of env steps."""
+    return {
+        **run.get("options", {}),
+        "episodes": run["episodes"],
+        "million env steps": round(run["env_steps"] / 1e6, 1),
+    }
 
 
 def _point(row: Mapping[str, float]) -> dict[str, float]:

@@ -59,7 +59,7 @@ def finetune_policy(config: DictConfig, folder: Path) -> Outcome:
         UsageError, PolicyError, SimError, FinetuneError: bad input, or the run cannot go on.
     """
     check_seeds(config, "seed", "eval.seed")
-    check_positive(config, "eval.episodes")
+    check_positive(config, "eval.episodes", "train.env_steps")
     if config.eval.seed + config.eval.episodes > FIRST_SEED:
         raise UsageError(f"eval.seed must be below {FIRST_SEED}, where the seeds to learn from begin")
     check_not_negative(config, "eval.videos", "eval.delay_steps")
@@ -89,6 +89,12 @@ def finetune_policy(config: DictConfig, folder: Path) -> Outcome:
             print(_size_of_iteration(loop))
             _warn_of_short_iterations(loop)
         finished = loop.train(log, evaluate)
+    if progress.env_steps > began and not loop.update.gradient_steps:
+        warnings.warn(
+            f"the policy is what it was: all of {progress.iteration} iterations were for the critic alone "
+            f"(train.critic_warmup={config.train.critic_warmup}): raise train.env_steps",
+            stacklevel=2,
+        )
     return Outcome(finished, progress.env_steps, progress.best_score or 0.0, began)
 
 

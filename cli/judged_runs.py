@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,9 @@ def judged(folder: Path, evaluation: str) -> dict[str, Any]:
     """
     file = folder / evaluation / EVAL_JSON
     if not file.is_file():
-        raise UsageError(f"{file} is missing: make it with flowsteer eval checkpoint={folder}")
+        named = re.fullmatch(r"eval-(\d+)x(\d+)", evaluation)
+        said = f" episodes={named[1]} seed={named[2]}" if named else f" out={folder / evaluation}"
+        raise UsageError(f"{file} is missing: make it with flowsteer eval checkpoint={folder}{said}")
     result: dict[str, Any] = json.loads(file.read_text())
     return result
 

@@ -66,6 +66,10 @@ def save_checkpoint(
         if trainer is not None:
             save_file({k: v.contiguous() for k, v in trainer.tensors.items()}, temporary / TRAINER)
             (temporary / TRAINER_JSON).write_text(json.dumps(trainer.values, indent=1))
+        for file in (POLICY, TRAINER):
+            # Safetensors lets only its owner read what it writes; a policy is as public as its config.
+            if (temporary / file).exists():
+                shutil.copymode(temporary / CONFIG, temporary / file)
         _sync(*temporary.iterdir(), temporary)
         temporary.rename(folder)
     except SafetensorError as error:
@@ -207,7 +211,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
-        raise PolicyError(f"{file} is damaged or not a safetensors file: {_first_line(error)}") from error
+        reason = f"is damaged or not a safetensors file ({_first_line(error)})"
+        raise PolicyError(f"{file} {reason}: take another checkpoint, as RUN/best") from error
 
 
 def _prefixed(prefix: str, policy: Policy) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -35,6 +36,9 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
+        more = "" if self._patient else "; once more to stop at once"
+        # Not print, which a signal may interrupt.
+        os.write(2, f"\nstopping: what has begun is finished, then saved{more}\n".encode())
         if not self._patient:
             self._restore()
 

@@ -121,12 +121,13 @@ class Update:
         ends = (rollout.terminated, rollout.ended, rollout.kept)
         advantage = gae(reward, value, next_value, *ends, config.gamma, config.lam)
         target, kept = (advantage + value).flatten(), rollout.kept.flatten()
-        unexplained = advantage.flatten()[kept].var() / target[kept].var().clamp(min=1e-12)
+        left, spread = (values[kept].var(correction=0).item() for values in (advantage.flatten(), target))
         mean, std = self.processes.moments(advantage.flatten()[kept])
         normalized = (advantage.flatten() - mean) / (std + 1e-8)
         obs = {key: array.flatten(0, 1) for key, array in rollout.obs.items()}
         numbers = {
-            "train/explained_variance": 1 - unexplained.item(),
+            # Where all returns are the same there is nothing to explain.
+            "train/explained_variance": 1 - left / spread if spread > 1e-12 else 0.0,
             "train/advantage_std": std.item(),
             "train/reward_std": self.reward_scale.std,
             "collect/lost": float((~kept).sum()),

@@ -76,15 +76,12 @@ def test_a_result_keeps_how_each_run_learnt(tmp_path: Path) -> None:
     assert row["options"] == {"algo.clip": 0.01, "train.lr": 0.1}
 
 
-def test_runs_of_an_earlier_result_join_unless_they_are_still_there(tmp_path: Path) -> None:
-    first = make_run(tmp_path / "run0", 0, 0.2, None)
-    assert bench(tmp_path / "out", f"runs=[{first},{make_run(tmp_path / 'run1', 1, 0.6, None)}]", "name=before") == 0
+def test_runs_of_an_earlier_result_join(tmp_path: Path) -> None:
+    first, second = (make_run(tmp_path / f"run{seed}", seed, success, None) for seed, success in ((0, 0.3), (1, 0.6)))
+    assert bench(tmp_path / "out", f"runs=[{first},{second}]", "name=before") == 0
     before = tmp_path / "out" / "before.json"
-    (first / "eval-5x0" / "eval.json").unlink()
-    (first / "eval-5x0").rmdir()
-    judge(first, 0.3)
     third = make_run(tmp_path / "run2", 2, 0.9, None)
-    assert bench(tmp_path / "out", f"runs=[{first},{third}]", f"earlier=[{before}]") == 0
+    assert bench(tmp_path / "out", f"runs=[{third}]", f"earlier=[{before}]") == 0
     result = json.loads((tmp_path / "out" / "finetune.json").read_text())
     (row,) = result["rows"]
     assert row["seeds"] == 3
@@ -92,6 +89,36 @@ def test_runs_of_an_earlier_result_join_unless_they_are_still_there(tmp_path: Pa
     (origin,) = result["earlier"]
     assert origin.keys() == {"command", "machine", "versions"}
     assert "name=before" in origin["command"]
+    assert bench(tmp_path / "out", f"earlier=[{before}]", "score=return", "name=again") == 0
+    (row,) = json.loads((tmp_path / "out" / "again.json").read_text())["rows"]
+    assert row["return"]["mean"] == pytest.approx(45.0)
+
+
+def test_a_recorded_run_is_not_replaced_by_another_of_its_seed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run", 0, 0.2, None)
+    assert bench(tmp_path / "out", f"runs=[{run}]", "name=before") == 0
+    assert bench(tmp_path / "out", f"runs=[{run}]", f"earlier=[{tmp_path / 'out' / 'before.json'}]") == 2
+    assert "seeds 0 and 0 of arm_lift: DPPO, FlowPolicy are one seed: gather the runs apart" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [("env_steps", 2_000_000, "million env steps (2.0 and 0.0)"), ("episodes", 100, "episodes (100 and 5)")],
+)
+def test_recorded_runs_without_options_are_compared_by_what_is_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, value: int, reason: str
+) -> None:
+    run = make_run(tmp_path / "run", 1, 0.2, None)
+    assert bench(tmp_path / "out", f"runs=[{make_run(tmp_path / 'old', 0, 0.2, None)}]", "name=before") == 0
+    before = tmp_path / "out" / "before.json"
+    result = json.loads(before.read_text())
+    del result["runs"][0]["options"]
+    result["runs"][0][name] = value
+    before.write_text(json.dumps(result))
+    assert bench(tmp_path / "out", f"runs=[{run}]", f"earlier=[{before}]") == 2
+    assert f"differ in {reason}: gather the runs apart" in capsys.readouterr().err
 
 
 def test_what_is_no_earlier_result_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,7 +134,7 @@ def test_what_is_no_earlier_result_is_refused(tmp_path: Path, capsys: pytest.Cap
 def test_a_seed_that_is_there_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [make_run(tmp_path / f"run{number}", 0, 0.8, None, lr=0.1 + number) for number in (0, 1)]
     assert bench(tmp_path / "out", f"runs=[{runs[0]},{runs[1]}]") == 2
-    assert "runs= has arm_lift: DPPO, FlowPolicy twice with seed 0: gather them apart" in capsys.readouterr().err
+    assert "seeds 0 and 0 of arm_lift: DPPO, FlowPolicy are one seed: gather the runs apart" in capsys.readouterr().err
 
 
 def test_runs_that_learn_in_different_ways_are_no_seeds_of_one_experiment(
@@ -116,7 +143,7 @@ def test_runs_that_learn_in_different_ways_are_no_seeds_of_one_experiment(
     runs = [make_run(tmp_path / f"run{seed}", seed, 0.8, None, lr=0.1 + seed) for seed in (0, 1)]
     assert bench(tmp_path / "out", f"runs=[{runs[0]},{runs[1]}]") == 2
     assert (
-        "the runs of seeds 0 and 1 of arm_lift: DPPO, FlowPolicy differ in train.lr (0.1 and 1.1): gather them apart"
+        "seeds 0 and 1 of arm_lift: DPPO, FlowPolicy differ in train.lr (0.1 and 1.1): gather the runs apart"
         in capsys.readouterr().err
     )
 
@@ -134,7 +161,8 @@ def test_what_cannot_be_gathered(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert bench(tmp_path / "out", f"runs=[{run}]", "score=sucess") == 2
     assert "score 'sucess' is unknown; nearest: success" in capsys.readouterr().err
     assert bench(tmp_path / "out", f"runs=[{run}]") == 2
-    assert f"make it with flowsteer eval checkpoint={base}" in capsys.readouterr().err
+    remedy = f"make it with flowsteer eval checkpoint={base} episodes=5 seed=0"
+    assert remedy in capsys.readouterr().err
     config = yaml.safe_load((run / "config.yaml").read_text())
     (run / "config.yaml").write_text(yaml.safe_dump({k: v for k, v in config.items() if k != "cloned_policy"}))
     assert bench(tmp_path / "out", f"runs=[{run}]") == 2

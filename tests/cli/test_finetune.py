@@ -164,7 +164,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
         (
             (f"checkpoint={trained}", "policy=null"),
             2,
-            "policy=null chooses nothing: leave policy= out (known: consistency, ",
+            "policy=null chooses nothing: leave policy= out (known: diffusion, ",
         ),
         ((f"checkpoint={trained}", "exploration=null"), 2, "exploration=null chooses nothing: leave exploration= out"),
         (
@@ -219,6 +219,12 @@ def test_a_run_begins_by_saying_what_its_options_mean(trained, tmp_path, capsys)
     assert second == "an iteration: 80 chunks of 8 env steps, 20 in each of 4 environments"
 
 
+def test_a_run_for_the_critic_alone_says_that_the_policy_is_what_it_was(trained: Path, tmp_path: Path) -> None:
+    options = (f"checkpoint={trained}", *SHORT, "train.env_steps=30", "train.decisions=40", f"out={tmp_path / 'run'}")
+    with pytest.warns(UserWarning, match=r"the policy is what it was: all of 1 iterations were for the critic alone"):
+        assert finetune(*options) == 0
+
+
 def test_who_never_sees_the_end_of_an_episode_is_warned(trained: Path, tmp_path: Path) -> None:
     options = (
         f"checkpoint={trained}",
@@ -235,6 +241,11 @@ def test_who_never_sees_the_end_of_an_episode_is_warned(trained: Path, tmp_path:
 def test_the_critic_of_a_run_stays(tuned: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = refused(capsys, f"resume={tuned}", "critic.hidden=[8]", code=2)
     assert told.startswith("'critic.hidden=[8]' cannot go with resume=: the run was made with critic.hidden=[16]")
+
+
+def test_a_run_of_no_length_is_refused(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = refused(capsys, f"checkpoint={trained}", *SHORT, "train.env_steps=-5", code=2)
+    assert told == "train.env_steps must be at least 1, got -5"
 
 
 def test_a_cloning_run_is_not_resumed_as_fine_tuning(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,6 +60,11 @@ def test_weights_and_their_average_are_kept_apart(tmp_path: Path, make_policy: M
         assert all(torch.equal(stored[name][k], v) for k, v in policy.named_parameters())
 
 
+def test_whoever_reads_the_config_may_read_the_weights(tmp_path: Path, make_policy: Make, describe: Describe) -> None:
+    folder = save(tmp_path / "c", make_policy("flow"), describe("flow"))
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
+
+
 def test_a_run_folder_means_its_last_checkpoint(tmp_path: Path, make_policy: Make, describe: Describe) -> None:
     for step in ("1", "2", "3"):
         save(tmp_path / "checkpoints" / step, make_policy("flow"), describe("flow"))

@@ -1,5 +1,8 @@
 """MuJoCo tasks against Gymnasium, and the thread back end against single worlds."""
 
+import os
+import subprocess
+import sys
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -7,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from counting import Counting
+from graphics import skip_without_graphics
 from rolling import roll
 
 from flowsteer.sim.backends import gym, threads
@@ -157,3 +161,22 @@ def test_a_model_that_does_not_load_is_named(tmp_path):
     with pytest.raises(SimError, match=r"broken.xml is no MuJoCo model: .*ball") as error:
         load_mjcf(str(file))
     assert "\n" not in str(error.value)
+
+
+def test_films_need_nobody_to_name_a_graphics_library_before_mujoco_is_imported():
+    env = Hopper().make()
+    env.reset(0)
+    try:
+        assert env.render().std() > 5
+    except SimError as error:
+        skip_without_graphics(error)
+    finally:
+        env.close()
+    script = (
+        "import mujoco; from flowsteer.sim.tasks.locomotion import Hopper\n"
+        "for env in (Hopper().make(), Hopper().make()):\n"
+        "    env.reset(0); print(env.render().std() > 5)"
+    )
+    bare = {key: value for key, value in os.environ.items() if key not in ("MUJOCO_GL", "DISPLAY")}
+    done = subprocess.run([sys.executable, "-c", script], env=bare, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True"]
