@@ -245,7 +245,7 @@ def test_the_critic_of_a_run_stays(tuned: Path, capsys: pytest.CaptureFixture[st
 
 def test_a_run_of_no_length_is_refused(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = refused(capsys, f"checkpoint={trained}", *SHORT, "train.env_steps=-5", code=2)
-    assert told == "train.env_steps must be at least 1, got -5"
+    assert told == "train.env_steps must be positive, got -5"
 
 
 def test_a_cloning_run_is_not_resumed_as_fine_tuning(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
