@@ -181,7 +181,7 @@ class Straightforward:
     def _log_prob(self, sample: Sample, batch: Tensor) -> Tensor:
         batch = batch.to(sample.advantage.device)
         decision, row = batch // self.dppo.rows, batch % self.dppo.rows
-        policy, frozen, grid = self.dppo.tuned, self.dppo.cloned, self.dppo.tuned.grid
+        policy, frozen, grid = self.dppo.tuned, self.dppo.frozen, self.dppo.tuned.grid
         x_t, x_s = sample.memory["chain"][decision, row], sample.memory["chain"][decision, row + 1]
         k = self.dppo.first + row
         features = self._features(sample, decision)

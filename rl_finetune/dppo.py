@@ -139,7 +139,7 @@ class DPPO(Algorithm):
         return self.tuned.network
 
     @property
-    def _frozen(self) -> DenoisingPolicy:
+    def frozen(self) -> DenoisingPolicy:
         """The cloned policy, where it is needed."""
         assert self.cloned is not None
         return self.cloned
@@ -196,7 +196,7 @@ class DPPO(Algorithm):
         acting._modules = dict(self.tuned._modules)
         acting.eta, acting.solver = self.eta, SOLVERS["transition"]
         if self.first:
-            acting.network = StagedNetwork.of(self._frozen.network, self.tuned.network, self._switch())
+            acting.network = StagedNetwork.of(self.frozen.network, self.tuned.network, self._switch())
         return acting
 
     def describe(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -219,13 +219,13 @@ class DPPO(Algorithm):
         """The first K - K' steps, of the cloned policy alone; the encoder is the same for both then."""
         if not self.first:
             return x
-        policy, grid = self._frozen, self.tuned.grid[: self.first + 1]
+        policy, grid = self.frozen, self.tuned.grid[: self.first + 1]
         denoise = policy.denoise_on(grid, policy.network.embed_observation(features))
         return sample(policy.path, denoise, x, grid, self.eta, generator)
 
     def _transition(self, a_hat: Tensor, x: Tensor, known: Tensor, level: Tensor) -> Gaussian:
         """Fine-tuned steps from x [R, Tp, Da], with the noise to explore with [R, 1, Da or 1]."""
-        c_a, c_x, std = known
+        c_a, c_x, std = known.unbind()
         return Gaussian(c_a * a_hat + c_x * x, self.exploration(std, level))
 
     def _log_prob(self, gaussian: Gaussian, x: Tensor) -> Tensor:
@@ -251,10 +251,11 @@ class DPPO(Algorithm):
     def _divergence(self, new: Gaussian, features: Tensor, decision: Tensor, x: Tensor, row: Tensor) -> Tensor:
         """KL of transitions with the same deviation: |mu - mu_cloned|^2 / (2 std^2), mean over the elements."""
         with torch.no_grad():
-            cond = _take(self._frozen.network.embed_observation(features), decision)
-            a_hat = self._frozen.denoise_on(self.tuned.grid, cond)(x, self.first + row)
-            c_a, c_x, _ = self.coefficients[:, row]
-        return ((new.mean - c_a * a_hat - c_x * x) / new.std.detach()).square().mean() / 2
+            cond = _take(self.frozen.network.embed_observation(features), decision)
+            a_hat = self.frozen.denoise_on(self.tuned.grid, cond)(x, self.first + row)
+            c_a, c_x, _ = self.coefficients[:, row].unbind()
+            old_mean = c_a * a_hat + c_x * x
+        return ((new.mean - old_mean) / new.std.detach()).square().mean() / 2
 
 
 def _take(features: Features, rows: Tensor) -> Features:

@@ -137,8 +137,10 @@ class Update:
 
     def _update_policy(self, sample: Sample, num_envs: int) -> dict[str, float]:
         """Epochs over shuffled rows, until the policy has moved as far as it may."""
-        rows, steps, taken = self.algorithm.rows, [], []
-        numbers, kl = {}, 0.0
+        rows, kl = self.algorithm.rows, 0.0
+        steps: list[Step] = []
+        taken: list[Tensor] = []
+        numbers: dict[str, float] = {}
         for batch in self._minibatches(len(sample.kept), rows, self.config.batch_size):
             # A decision's rows side by side: it is encoded in one part of the minibatch, not in several.
             batch = batch.sort().values
