@@ -134,7 +134,8 @@ class FPO(Algorithm):
         clip = torch.tensor(self.clip, device=log_ratio.device)
         loss = self.surrogate(log_ratio, advantage[:, None], clip).mean()
         detached = log_ratio.detach().flatten()
-        parts = {"denoising_loss": losses.mean().detach()}
+        noise = torch.tensor(self.perturbation, device=log_ratio.device)
+        parts = {"denoising_loss": losses.mean().detach(), "noise_std": noise}
         return Step(loss, detached, (detached.exp() - 1).abs() > self.clip, parts)
 
     def acting(self) -> Policy:
