@@ -93,7 +93,7 @@ def spread(means: Sequence[float]) -> dict[str, float]:
 
 def plot_curves(groups: Mapping[str, Sequence[Run]], x: str, scores: Sequence[str], xlabel: str, file: Path) -> None:
     """The evaluations during training of each group of runs, in one colour: a picture for each of `scores`."""
-    figure = Figure(figsize=(5 * len(scores), 4.2), layout="constrained")
+    figure = Figure(figsize=(6.4 * len(scores), 4.2), layout="constrained")
     for axes, score in zip(figure.subplots(1, len(scores), squeeze=False)[0], scores, strict=True):
         for number, (label, runs) in enumerate(groups.items()):
             _plot_group(axes, runs, x, score, f"C{number}", label)
