@@ -254,8 +254,8 @@ class RobosuiteEnv(SingleEnv):
     def _view(self, camera: str, size: int) -> NDArray[np.uint8]:
         if self._renderer is None:
             # robosuite keeps collision shapes in geom group 0 and what is meant to be seen in group 1.
-            size = max(RENDER_SIZE, self._setup.image_size)
-            self._renderer = OffscreenRenderer(self._model, size, hidden_groups=[0])
+            largest = max(RENDER_SIZE, self._setup.image_size)
+            self._renderer = OffscreenRenderer(self._model, largest, hidden_groups=[0])
         return self._renderer.render(self._data, camera, size)
 
     def _resize_cube(self, half: Floats) -> None:
