@@ -92,9 +92,10 @@ class FPO(Algorithm):
         self.as_eps, self.huber = as_eps, huber
         self.loss_limit, self.ratio_limit = loss_limit, ratio_limit
         self.perturbation = 0.1 if perturbation is None else perturbation
+        whose = "each pair's" if per_pair else "the pairs' mean"
         self.headline = (
-            f"N = {pairs}; the ratio of {'each pair' if per_pair else 'their mean'} of {reduction} denoising losses "
-            f"is clipped to 1 +- {clip:g} ({surrogate}), and train.target_kl is of it too"
+            f"N = {pairs}; the ratio is of {whose} denoising loss ({reduction} over a chunk's elements), clipped to "
+            f"1 +- {clip:g} ({surrogate}), and train.target_kl is of it too"
         )
 
     @property
