@@ -89,7 +89,7 @@ def finetune_policy(config: DictConfig, folder: Path) -> Outcome:
             print(_size_of_iteration(loop))
             _warn_of_short_iterations(loop)
         finished = loop.train(log, evaluate)
-    if progress.env_steps > began and not loop.update.gradient_steps:
+    if finished and progress.env_steps > began and not loop.update.gradient_steps:
         warnings.warn(
             f"the policy is what it was: all of {progress.iteration} iterations were for the critic alone "
             f"(train.critic_warmup={config.train.critic_warmup}): raise train.env_steps",
